@@ -1,0 +1,1 @@
+"""Pure PyTorch: networks, losses, samplers, codecs. Knows nothing of Ray, Parquet or ranks."""

@@ -1,0 +1,1 @@
+"""What moves data: contracts, store, stages, Ray Data pipelines, the training loop, rounds, evaluation."""

@@ -1,0 +1,1 @@
+"""Contracts, store, manifests, media decoding and the features pipeline."""

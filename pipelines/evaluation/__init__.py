@@ -1,0 +1,1 @@
+"""Metrics, evaluation of a model and the listening page."""

@@ -1,0 +1,1 @@
+"""Candidates, ranking, pairs and rounds of AVP-RPO."""

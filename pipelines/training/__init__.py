@@ -1,0 +1,1 @@
+"""The one training loop (Ray Train + DeepSpeed) and its objectives."""
