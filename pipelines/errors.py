@@ -1,12 +1,12 @@
 """Every error a user can meet, as one tree.
 
-    PipelineError(RuntimeError)      something a person has to act on; the message is one line: what, where, what to do next
-     |- InputError                   exit 2: what was given is wrong
-     |   |- ContractError            a table or a file breaks its contract
-     |   `- StageConflict            an output folder holds the work of another configuration
-     |- EnvironmentFailed            exit 3: storage, network or disk failed after retries; the same command resumes
-     `- Refused                      exit 4: done, but a gate said no
-    MediaError(ValueError)           one clip cannot be used: becomes a row in `rejects`, never an exit
+PipelineError(RuntimeError)      something a person has to act on; the message is one line: what, where, what to do next
+ |- InputError                   exit 2: what was given is wrong
+ |   |- ContractError            a table or a file breaks its contract
+ |   `- StageConflict            an output folder holds the work of another configuration
+ |- EnvironmentFailed            exit 3: storage, network or disk failed after retries; the same command resumes
+ `- Refused                      exit 4: done, but a gate said no
+MediaError(ValueError)           one clip cannot be used: becomes a row in `rejects`, never an exit
 """
 
 EXIT_DONE = 0

@@ -1,0 +1,64 @@
+"""Connection to Ray: a running cluster when there is one, else a local one on loopback with token auth."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOOPBACK_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Read on Linux too: binds every service of a local cluster to 127.0.0.1."""
+LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+
+
+@contextmanager
+def connect(num_cpus: int | None = None) -> Iterator[None]:
+    """Be connected to Ray inside the block.
+
+    An open connection is reused and left open. `RAY_ADDRESS` (set by `ray job submit` too) names a running cluster;
+    without it a local cluster of `num_cpus` (default: the machine's) starts and ends with the block.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _quiet()
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address=os.environ["RAY_ADDRESS"], logging_level=logging.ERROR)
+    else:
+        for name, value in LOOPBACK_VARIABLES.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+            log_to_driver=sys.stderr.isatty(),
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet() -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def cluster_cpus() -> float:
+    """CPUs of the connected cluster."""
+    import ray
+
+    return float(ray.cluster_resources().get("CPU", 1.0))
+
+
+def cluster_gpus() -> float:
+    """GPUs of the connected cluster."""
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0.0))

@@ -1,0 +1,388 @@
+"""The only definition of a row: versioned Parquet schemas whose lengths and widths come from `ClipSpec`.
+
+Tensors are Arrow's canonical `fixed_shape_tensor`, so plain pyarrow, pandas, DuckDB and Ray all read them. Tensor
+columns are never null: Arrow cannot read a null fixed-size list back from Parquet.
+Every writer ends in `conform`; a breach names the column and the clip.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from models.spec import ClipSpec
+from pipelines.errors import ContractError
+
+REJECT_REASONS = (
+    "missing",
+    "bad_uri",
+    "not_media",
+    "empty",
+    "truncated",
+    "no_video",
+    "no_audio",
+    "too_short",
+    "too_long",
+    "too_large",
+    "silent",
+    "clipped",
+    "unsupported_codec",
+    "timeout",
+    "decoder_crash",
+    "nonfinite",
+    "encoder_error",
+)
+SPLITS = ("train", "rpo", "val", "test")
+
+REWARD_STRUCT = pa.struct(
+    [("total", pa.float32()), ("semantic", pa.float32()), ("temporal", pa.float32())],
+)
+EVENT_STRUCT = pa.struct(
+    [("time_s", pa.float64()), ("duration_s", pa.float64()), ("kind", pa.string()), ("variant", pa.string())],
+)
+
+
+def tensor_type(dtype: pa.DataType, *shape: int) -> pa.FixedShapeTensorType:
+    """The canonical Arrow tensor type of one row's value of `shape`."""
+    return pa.fixed_shape_tensor(dtype, shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column: its name, its Arrow type for a given spec, what it means, and two flags."""
+
+    name: str
+    type: Callable[[ClipSpec], pa.DataType]
+    doc: str
+    nullable: bool = False
+    in_digest: bool = True
+    """False for what names a place (a path), so that moved data keep their digest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """A named, versioned table: `key` columns identify a row."""
+
+    name: str
+    version: int
+    key: tuple[str, ...]
+    columns: tuple[Column, ...]
+    doc: str
+
+    def schema(self, spec: ClipSpec) -> pa.Schema:
+        """Arrow schema for clips of `spec`; the metadata carry contract, version and spec."""
+        fields = [pa.field(c.name, c.type(spec), nullable=c.nullable) for c in self.columns]
+        return pa.schema(fields, metadata={"contract": f"{self.name}/{self.version}", "spec": spec.name})
+
+    def column(self, name: str) -> Column:
+        """The column called `name`; raises ContractError when there is none."""
+        for column in self.columns:
+            if column.name == name:
+                return column
+        raise ContractError(f"contract {self.name} has no column '{name}'; it has {[c.name for c in self.columns]}")
+
+
+def _plain(dtype: pa.DataType) -> Callable[[ClipSpec], pa.DataType]:
+    return lambda spec: dtype
+
+
+def _latent(spec: ClipSpec) -> pa.DataType:
+    return tensor_type(pa.float32(), spec.latent_len, spec.latent_dim)
+
+
+_CLIP_ID = Column(
+    name="clip_id",
+    type=_plain(pa.string()),
+    doc="key: the file's stem (NFC, escaped), with `#<start in ms>` where a file gives more than one window",
+)
+_CONDITIONS = (
+    Column(
+        name="clip_features",
+        type=lambda s: tensor_type(pa.float16(), s.clip_len, s.clip_dim),
+        doc="semantic video condition [Lc, Dc]: CLIP image embeddings at 8 fps, or grid statistics (tiny)",
+    ),
+    Column(
+        name="sync_features",
+        type=lambda s: tensor_type(pa.float16(), s.sync_len, s.sync_dim),
+        doc="timing condition [Ls, Ds]: Synchformer segments, or grids with their differences (tiny)",
+    ),
+    Column(
+        name="text_features",
+        type=lambda s: tensor_type(pa.float16(), s.text_len, s.text_dim),
+        doc="caption condition [Lt, Dt]: CLIP text hidden states, or hashed word vectors (tiny)",
+    ),
+)
+
+FEATURES = Contract(
+    name="features",
+    version=1,
+    key=("clip_id",),
+    doc="One row is one clip: its identity, the material SF-CAVP sees, the generator's conditions and target.",
+    columns=(
+        _CLIP_ID,
+        Column(name="source", type=_plain(pa.string()), doc="path or URI of the media file", in_digest=False),
+        Column(name="start_s", type=_plain(pa.float64()), doc="start of the window in the file, seconds"),
+        Column(name="duration_s", type=_plain(pa.float64()), doc="length of the window, seconds"),
+        Column(
+            name="valid_s",
+            type=_plain(pa.float64()),
+            doc="how much of the window is real; the rest is padding",
+        ),
+        Column(name="caption", type=_plain(pa.string()), doc="caption as given, may be empty"),
+        Column(name="split", type=_plain(pa.string()), doc="train, rpo, val or test"),
+        Column(
+            name="content_hash",
+            type=_plain(pa.string()),
+            doc="sha256 of source bytes, window and spec: identity, not key",
+        ),
+        Column(
+            name="events",
+            type=_plain(pa.list_(EVENT_STRUCT)),
+            doc="known sounding events of the window, where the corpus knows them",
+            nullable=True,
+        ),
+        Column(
+            name="frames",
+            type=_plain(pa.list_(pa.binary())),
+            doc="JPEG frames at 16 fps, square, for SF-CAVP",
+        ),
+        Column(name="audio", type=_plain(pa.binary()), doc="FLAC, 16 bit, mono, the codec's rate, exact length"),
+        *_CONDITIONS,
+        Column(name="latent_mean", type=_latent, doc="posterior mean of the codec's latents [N, C]"),
+        Column(name="latent_std", type=_latent, doc="posterior standard deviation [N, C], 0 for a fixed codec"),
+    ),
+)
+
+REJECTS = Contract(
+    name="rejects",
+    version=1,
+    key=("clip_id", "stage"),
+    doc="One row is one clip that a stage could not use, with its reason.",
+    columns=(
+        _CLIP_ID,
+        Column(name="stage", type=_plain(pa.string()), doc="the stage that rejected the clip"),
+        Column(name="source", type=_plain(pa.string()), doc="path or URI of the media file", in_digest=False),
+        Column(name="reason", type=_plain(pa.string()), doc=f"one of: {', '.join(REJECT_REASONS)}"),
+        Column(name="detail", type=_plain(pa.string()), doc="what exactly was found", in_digest=False),
+        Column(name="attempts", type=_plain(pa.int32()), doc="how often it was tried", in_digest=False),
+    ),
+)
+
+PAIRS = Contract(
+    name="pairs",
+    version=1,
+    key=("clip_id",),
+    doc="One row is one preference pair with the conditions to train on and every candidate's scores.",
+    columns=(
+        _CLIP_ID,
+        *_CONDITIONS,
+        Column(name="winner", type=_latent, doc="latents of the preferred sound [N, C]"),
+        Column(name="loser", type=_latent, doc="latents of the other sound [N, C]"),
+        Column(
+            name="winner_origin",
+            type=_plain(pa.string()),
+            doc="`ground_truth` or the candidate's index as `candidate_<i>`",
+        ),
+        Column(
+            name="loser_origin",
+            type=_plain(pa.string()),
+            doc="`candidate_<i>` or `distorted_<kind>`",
+        ),
+        Column(
+            name="rewards",
+            type=_plain(pa.list_(REWARD_STRUCT)),
+            doc="scores of ALL candidates in order of index; null where a candidate was invalid",
+        ),
+        Column(
+            name="reward_ground_truth",
+            type=_plain(REWARD_STRUCT),
+            doc="score of the real sound through the same path",
+            nullable=True,
+        ),
+        Column(name="seeds", type=_plain(pa.list_(pa.int64())), doc="seed of each candidate's noise"),
+        Column(name="margin", type=_plain(pa.float32()), doc="R(winner) - R(loser)", nullable=True),
+        Column(name="kept", type=_plain(pa.bool_()), doc="whether the pair is trained on"),
+        Column(name="drop_reason", type=_plain(pa.string()), doc="why it is not, null when kept", nullable=True),
+        Column(name="policy", type=_plain(pa.string()), doc="fingerprint of the policy that sampled"),
+        Column(name="reward_model", type=_plain(pa.string()), doc="fingerprint of the reward that ranked"),
+        Column(name="round", type=_plain(pa.int32()), doc="round number, from 0"),
+    ),
+)
+
+SCORES = Contract(
+    name="scores",
+    version=1,
+    key=("clip_id",),
+    doc="One row is what one model made for one clip, and every per-clip measure of it.",
+    columns=(
+        _CLIP_ID,
+        Column(name="split", type=_plain(pa.string()), doc="split of the clip"),
+        Column(name="seed", type=_plain(pa.int64()), doc="seed of the noise"),
+        Column(name="reward", type=_plain(REWARD_STRUCT), doc="R and its two parts", nullable=True),
+        Column(name="offset_s", type=_plain(pa.float32()), doc="best offset by SF-CAVP, seconds", nullable=True),
+        Column(
+            name="num_events",
+            type=_plain(pa.int32()),
+            doc="known events; null where the corpus knows none",
+            nullable=True,
+        ),
+        Column(name="num_detected", type=_plain(pa.int32()), doc="onsets the detector heard", nullable=True),
+        Column(name="num_matched", type=_plain(pa.int32()), doc="matched within 100 ms", nullable=True),
+        Column(
+            name="num_class_matched",
+            type=_plain(pa.int32()),
+            doc="matched within 100 ms with the right kind and variant",
+            nullable=True,
+        ),
+        Column(name="mel_distance", type=_plain(pa.float32()), doc="mean |log-mel difference| to the real sound"),
+        Column(
+            name="statistics",
+            type=_plain(pa.list_(pa.float32())),
+            doc="simple audio statistics for the Frechet distance",
+        ),
+        Column(
+            name="diversity",
+            type=_plain(pa.float32()),
+            doc="mean pairwise log-mel distance among the candidates",
+            nullable=True,
+        ),
+        Column(
+            name="candidate_rewards",
+            type=_plain(pa.list_(REWARD_STRUCT)),
+            doc="R of every candidate, the first is the row's own sound",
+        ),
+        Column(
+            name="candidate_f1",
+            type=_plain(pa.list_(pa.float32())),
+            doc="independent score (class-aware onset F1) of every candidate",
+            nullable=True,
+        ),
+        Column(name="audio", type=_plain(pa.binary()), doc="FLAC of what was generated"),
+    ),
+)
+
+CONTRACTS: dict[str, Contract] = {c.name: c for c in (FEATURES, REJECTS, PAIRS, SCORES)}
+
+
+def tensor_column(values: np.ndarray) -> pa.FixedShapeTensorArray:
+    """[B, ...] float16 or float32 array -> a tensor column of B rows."""
+    shape = values.shape[1:]
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    storage = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(shape)))
+    return pa.ExtensionArray.from_storage(tensor_type(pa.from_numpy_dtype(values.dtype), *shape), storage)
+
+
+def column_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """A tensor column of B rows -> [B, ...] array of its dtype."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks)
+    if len(array) == 0:
+        return np.zeros((0, *array.type.shape), array.type.value_type.to_pandas_dtype())
+    return array.to_numpy_ndarray()
+
+
+def table_from_rows(rows: Iterable[dict], contract: Contract, spec: ClipSpec) -> pa.Table:
+    """Rows as dictionaries (tensor values as numpy arrays) -> a conforming table; may be empty.
+
+    Raises:
+        ContractError: a value does not fit its column; names the column and the clip.
+    """
+    rows = list(rows)
+    schema = contract.schema(spec)
+    arrays = []
+    for field in schema:
+        absent = [row for row in rows if field.name not in row]
+        if absent:
+            raise ContractError(f"{contract.name}: column '{field.name}' is missing in clip '{_name(absent[0])}'")
+        arrays.append(_column_array([row[field.name] for row in rows], field, contract, rows))
+    return conform(pa.Table.from_arrays(arrays, schema=schema), contract, spec)
+
+
+def _column_array(values: list, field: pa.Field, contract: Contract, rows: list[dict]) -> pa.Array:
+    kind = field.type
+    if not isinstance(kind, pa.FixedShapeTensorType):
+        try:
+            return pa.array(values, kind)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            names = [_name(row) for row in rows]
+            raise ContractError(f"{contract.name}: column '{field.name}' of clips {names[:3]}: {error}") from error
+    dtype = kind.value_type.to_pandas_dtype()
+    for value, row in zip(values, rows, strict=True):
+        if value is None or tuple(np.shape(value)) != tuple(kind.shape):
+            raise ContractError(
+                f"{contract.name}: column '{field.name}' of clip '{_name(row)}' has shape "
+                f"{None if value is None else tuple(np.shape(value))}, expected {tuple(kind.shape)}"
+            )
+    stacked = np.stack([np.asarray(v, dtype) for v in values]) if values else np.zeros((0, *kind.shape), dtype)
+    return tensor_column(stacked)
+
+
+def _name(row: dict) -> str:
+    return str(row.get("clip_id", "?"))
+
+
+def conform(table: pa.Table, contract: Contract, spec: ClipSpec) -> pa.Table:
+    """Return `table` with exactly the contract's columns, order and types, or raise.
+
+    Checks names, dtypes, tensor shapes, nulls, finiteness of floats, uniqueness of the key and the closed lists.
+
+    Raises:
+        ContractError: naming the column, and the clip where a value is at fault.
+    """
+    schema = contract.schema(spec)
+    missing = [n for n in schema.names if n not in table.column_names]
+    unknown = [n for n in table.column_names if n not in schema.names]
+    if missing or unknown:
+        raise ContractError(f"{contract.name}: missing columns {missing}, unknown columns {unknown}")
+    for field in schema:
+        column = table[field.name]
+        if column.type != field.type:
+            raise ContractError(f"{contract.name}: column '{field.name}' is {column.type}, expected {field.type}")
+        if not field.nullable and column.null_count:
+            at = pc.index(pc.is_null(column), True).as_py()
+            raise ContractError(f"{contract.name}: column '{field.name}' is null in clip '{_clip(table, at)}'")
+        _check_finite(table, field, contract)
+    _check_key(table, contract)
+    for name, allowed in (("split", SPLITS), ("reason", REJECT_REASONS)):
+        if name in schema.names:
+            for at, value in enumerate(table[name].to_pylist()):
+                if value not in allowed:
+                    raise ContractError(
+                        f"{contract.name}: column '{name}' of clip '{_clip(table, at)}' is '{value}', "
+                        f"expected one of {allowed}"
+                    )
+    return table.select(schema.names).replace_schema_metadata(schema.metadata)
+
+
+def _clip(table: pa.Table, index: int) -> str:
+    return str(table["clip_id"][index].as_py()) if "clip_id" in table.column_names else str(index)
+
+
+def _check_finite(table: pa.Table, field: pa.Field, contract: Contract) -> None:
+    column = table[field.name]
+    if isinstance(field.type, pa.FixedShapeTensorType):
+        values = column_to_numpy(column)
+        bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    elif pa.types.is_floating(field.type):
+        bad = ~np.isfinite(column.fill_null(0.0).to_numpy())
+    elif field.type == REWARD_STRUCT:
+        rewards = column.to_pylist()
+        bad = np.array([r is not None and not all(np.isfinite(v) for v in r.values()) for r in rewards])
+    else:
+        return
+    if bad.any():
+        clip = _clip(table, int(np.argmax(bad)))
+        raise ContractError(f"{contract.name}: column '{field.name}' is not finite in clip '{clip}'")
+
+
+def _check_key(table: pa.Table, contract: Contract) -> None:
+    keys = list(zip(*(table[k].to_pylist() for k in contract.key), strict=True))
+    if len(set(keys)) != len(keys):
+        seen: set = set()
+        for key in keys:
+            if key in seen:
+                raise ContractError(f"{contract.name}: key {key} occurs twice in one part")
+            seen.add(key)

@@ -1,0 +1,291 @@
+"""Artifacts on disk: Parquet datasets and folders of files, each with one `manifest.json` written last and once.
+
+Readers trust the manifest alone: what it does not list is foreign, what it lists and is missing or altered is named.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from models.spec import SPECS, ClipSpec
+from pipelines.data import digest
+from pipelines.data.contracts import CONTRACTS, REJECTS, Contract, conform
+from pipelines.data.storage import Folder, open_folder
+from pipelines.errors import ContractError, InputError
+
+MANIFEST = "manifest.json"
+ROW_GROUP_ROWS = 64
+STORE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One Parquet file of a dataset; its rows are all of one split."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+    split: str | None
+    row_groups: tuple[int, ...]
+
+
+def encode_part(table: pa.Table, contract: Contract, spec: ClipSpec) -> bytes:
+    """Parquet bytes of a conforming table: row groups of 64, zstd, byte-stream-split on float32 tensors.
+
+    (float16 keeps plain encoding: DuckDB does not read it byte-stream-split.) The footer carries the row hashes.
+    """
+    table = conform(table, contract, spec)
+    hashes = json.dumps(digest.row_hashes(table, contract)).encode()
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), digest.ROW_HASHES: hashes})
+    split_columns, dictionary_columns = [], []
+    for field in table.schema:
+        if isinstance(field.type, pa.FixedShapeTensorType):
+            if field.type.value_type == pa.float32():
+                split_columns.append(f"{field.name}.list.element")
+        elif pa.types.is_string(field.type):
+            dictionary_columns.append(field.name)
+    sink = io.BytesIO()
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        row_group_size=ROW_GROUP_ROWS,
+        use_dictionary=dictionary_columns or False,
+        use_byte_stream_split=split_columns or False,
+    )
+    return sink.getvalue()
+
+
+def describe_part(folder: Folder, name: str) -> tuple[Part, list[tuple[str, str]]]:
+    """Read a written part back: its manifest entry and its rows' (key, hash)."""
+    content = folder.read_bytes(name)
+    metadata = pq.read_metadata(io.BytesIO(content))
+    footer: dict[bytes, bytes] = metadata.metadata or {}
+    hashes = [(key, value) for key, value in json.loads(footer[digest.ROW_HASHES])]
+    split = None
+    if metadata.num_rows and "split" in pq.read_schema(io.BytesIO(content)).names:
+        splits = set(pq.read_table(io.BytesIO(content), columns=["split"])["split"].to_pylist())
+        if len(splits) != 1:
+            raise ContractError(f"{folder.uri}/{name}: rows of splits {sorted(splits)} in one part; one is allowed")
+        split = splits.pop()
+    part = Part(
+        path=name,
+        rows=metadata.num_rows,
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        split=split,
+        row_groups=tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
+    )
+    return part, hashes
+
+
+def dataset_manifest(folder: Folder, contract: Contract, spec: ClipSpec) -> dict[str, Any]:
+    """Manifest fields of the parts that lie in `data/` and `rejects/`, checked: no key twice, none in both.
+
+    Raises:
+        ContractError: a key occurs in two parts.
+    """
+    parts, rejects = [], []
+    seen: dict[str, str] = {}
+    hashes: list[tuple[str, str]] = []
+    for sub, found in (("data", parts), ("rejects", rejects)):
+        for name in folder.list_names(sub):
+            if not (name.startswith("part-") and name.endswith(".parquet")):
+                continue
+            part, part_hashes = describe_part(folder, f"{sub}/{name}")
+            found.append(part)
+            for key, value in part_hashes:
+                clip = key.split("\x1f")[0]
+                if clip in seen:
+                    raise ContractError(f"{folder.uri}: clip '{clip}' is in {seen[clip]} and in {sub}/{name}")
+                seen[clip] = f"{sub}/{name}"
+                hashes.append((f"{sub}\x1f{key}", value))
+    return {
+        "kind": "dataset",
+        "contract": contract.name,
+        "version": contract.version,
+        "spec": {"name": spec.name, "duration_s": spec.duration_s},
+        "parts": [vars(part) | {"row_groups": list(part.row_groups)} for part in parts],
+        "rejects": [vars(part) | {"row_groups": list(part.row_groups)} for part in rejects],
+        "counts": {
+            "in": sum(p.rows for p in parts) + sum(p.rows for p in rejects),
+            "out": sum(p.rows for p in parts),
+            "rejected": sum(p.rows for p in rejects),
+        },
+        "digest": digest.combine(hashes),
+    }
+
+
+def read_manifest(location: str, *, kind: str | None = None) -> dict[str, Any]:
+    """The manifest of a finished artifact.
+
+    Raises:
+        InputError: nothing is there, the stage has not finished, or it is of another kind.
+    """
+    folder = open_folder(location)
+    if not folder.exists(MANIFEST):
+        state = "is not finished: run its stage again" if folder.list_names() else "does not exist or is empty"
+        raise InputError(f"{folder.uri} {state} (no {MANIFEST})")
+    try:
+        manifest = json.loads(folder.read_bytes(MANIFEST))
+    except ValueError as error:
+        raise ContractError(f"{folder.uri}/{MANIFEST} is not JSON: {error}") from error
+    if manifest.get("store_version") != STORE_VERSION:
+        raise ContractError(
+            f"{folder.uri}: store version {manifest.get('store_version')}, this code reads {STORE_VERSION}"
+        )
+    if kind is not None and manifest.get("kind") != kind:
+        raise InputError(f"{folder.uri} holds a {manifest.get('kind')}, expected a {kind}")
+    return manifest
+
+
+class Dataset:
+    """A finished dataset, read through its manifest."""
+
+    def __init__(self, folder: Folder, manifest: Mapping[str, Any], contract: Contract) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.contract = contract
+
+    @staticmethod
+    def open(location: str, contract: Contract) -> "Dataset":
+        """Open by path or URI; checks contract, version and that every listed part is there with its size.
+
+        Raises:
+            InputError: not there or not finished.
+            ContractError: another contract or version, a part is missing or has another size.
+        """
+        manifest = read_manifest(location, kind="dataset")
+        folder = open_folder(location)
+        found = f"{manifest['contract']}/{manifest['version']}"
+        wanted = f"{contract.name}/{contract.version}"
+        if found != wanted:
+            raise ContractError(f"{folder.uri} holds {found}, this code reads {wanted}; make it again with this code")
+        for entry in (*manifest["parts"], *manifest["rejects"]):
+            size = folder.size_bytes(entry["path"])
+            if size != entry["bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes, the manifest says {entry['bytes']}"
+                raise ContractError(f"{folder.uri}/{entry['path']} {state}; restore it or make the dataset again")
+        return Dataset(folder, manifest, contract)
+
+    @property
+    def fingerprint(self) -> str:
+        """What the dataset was made from: options, inputs, contract."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the sorted rows' logical values."""
+        return self.manifest["digest"]
+
+    @cached_property
+    def spec(self) -> ClipSpec:
+        """The clip spec of its rows."""
+        entry = self.manifest["spec"]
+        return SPECS[entry["name"]].with_duration(entry["duration_s"])
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Data parts that have rows, in the manifest's order."""
+        return _parts(self.manifest["parts"])
+
+    def num_rows(self, split: str | None = None) -> int:
+        """Rows of one split, or of all."""
+        return sum(p.rows for p in self.parts if split in (None, p.split))
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Rows by split."""
+        totals: dict[str, int] = {}
+        for part in self.parts:
+            totals[str(part.split)] = totals.get(str(part.split), 0) + part.rows
+        return totals
+
+    def read_row_group(self, part: Part, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """One row group of one part, only `columns`."""
+        with self.folder.filesystem.open_input_file(self.folder.join(part.path)) as file:
+            return pq.ParquetFile(file).read_row_group(index, columns=_checked(self.contract, columns))
+
+    def iter_row_groups(self, columns: Sequence[str] | None = None, split: str | None = None) -> Iterator[pa.Table]:
+        """Row groups in the manifest's order: never more than one in memory."""
+        for part in self.parts:
+            if split in (None, part.split):
+                for index in range(len(part.row_groups)):
+                    yield self.read_row_group(part, index, columns)
+
+    def read(
+        self,
+        columns: Sequence[str] | None = None,
+        split: str | None = None,
+        clip_ids: Sequence[str] | None = None,
+    ) -> pa.Table:
+        """All rows (of a split, of some clips), sorted by clip_id; for what fits in memory."""
+        names = _checked(self.contract, columns)
+        wanted = [c.name for c in self.contract.columns] if names is None else list(names)
+        with_key = wanted if "clip_id" in wanted else ["clip_id", *wanted]
+        groups = []
+        for group in self.iter_row_groups(with_key, split):
+            if clip_ids is not None:
+                group = group.filter(pc.is_in(group["clip_id"], pa.array(clip_ids, pa.string())))
+            groups.append(group)
+        schema = self.contract.schema(self.spec)
+        empty = pa.schema([schema.field(n) for n in with_key]).empty_table()
+        table = pa.concat_tables([empty, *(g.replace_schema_metadata(None) for g in groups)])
+        return table.sort_by([(k, "ascending") for k in self.contract.key if k in with_key]).select(wanted)
+
+    def read_rejects(self) -> pa.Table:
+        """All rejects, sorted by clip."""
+        tables = [REJECTS.schema(self.spec).remove_metadata().empty_table()]
+        for part in _parts(self.manifest["rejects"]):
+            with self.folder.filesystem.open_input_file(self.folder.join(part.path)) as file:
+                tables.append(pq.ParquetFile(file).read().replace_schema_metadata(None))
+        return pa.concat_tables(tables).sort_by("clip_id")
+
+
+def _parts(entries: Sequence[Mapping[str, Any]]) -> tuple[Part, ...]:
+    return tuple(Part(**{**entry, "row_groups": tuple(entry["row_groups"])}) for entry in entries if entry["rows"])
+
+
+def _checked(contract: Contract, columns: Sequence[str] | None) -> list[str] | None:
+    return None if columns is None else [contract.column(name).name for name in columns]
+
+
+def files_manifest(folder: Folder, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Manifest entries (path, bytes, sha256) of files of an artifact that is not a dataset."""
+    entries = []
+    for name in sorted(names):
+        content = folder.read_bytes(name)
+        entries.append({"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+    return entries
+
+
+def open_files(location: str, kind: str) -> tuple[Folder, dict[str, Any]]:
+    """A finished artifact of files (a checkpoint, a report), with every listed file's hash verified.
+
+    Raises:
+        InputError: not there, unfinished or another kind.
+        ContractError: a file is missing or altered.
+    """
+    manifest = read_manifest(location, kind=kind)
+    folder = open_folder(location)
+    for entry in manifest["files"]:
+        if folder.size_bytes(entry["path"]) is None:
+            raise ContractError(f"{folder.uri}/{entry['path']} is missing; make the artifact again")
+        found = hashlib.sha256(folder.read_bytes(entry["path"])).hexdigest()
+        if found != entry["sha256"]:
+            raise ContractError(f"{folder.uri}/{entry['path']} does not have the manifest's sha256; it was altered")
+    return folder, manifest
+
+
+def contract_of(manifest: Mapping[str, Any]) -> Contract:
+    """The contract that a dataset's manifest names."""
+    return CONTRACTS[manifest["contract"]]
