@@ -7,7 +7,7 @@ one; q, k, v (B, heads, L, head_dim). Formulas and names: MMAudio (arXiv 2412.15
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -49,8 +49,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")
 
 
-class FeedForward(NamedTuple):
-    """What the second half of a block needs of its modulation."""
+class SecondHalf(NamedTuple):
+    """The last four modulation chunks, in their order: what a block needs after its attention."""
 
     gate_attention: Tensor
     shift: Tensor
@@ -73,19 +73,17 @@ class SingleStreamBlock(nn.Module):
         self.pre_only = pre_only
         self.attn = SelfAttention(dim, num_heads)
         if not pre_only:
-            self.linear1 = (
-                nn.Linear(dim, dim) if kernel_size is None else ChannelLastConv1d(dim, dim, kernel_size)
-            )
+            self.linear1 = nn.Linear(dim, dim) if kernel_size is None else ChannelLastConv1d(dim, dim, kernel_size)
             self.ffn = GatedMLP(dim, hidden_dim, kernel_size)
         self.adaLN_modulation = Modulation(dim, 2 if pre_only else 6)
 
-    def before_attention(self, x: Tensor, condition: Tensor, rope: Tensor | None) -> tuple[QKV, FeedForward | None]:
+    def before_attention(self, x: Tensor, condition: Tensor, rope: Tensor | None) -> tuple[QKV, SecondHalf | None]:
         """QKV of the modulated stream, and what `after_attention` will need (None if pre-only)."""
-        shift, scale, *rest = self.adaLN_modulation.chunks(condition)
+        shift, scale, *second_half = self.adaLN_modulation.chunks(condition)
         qkv = self.attn(modulate(layer_norm(x), shift, scale), rope)
-        return qkv, FeedForward(*rest_in_order(rest)) if rest else None
+        return qkv, None if self.pre_only else SecondHalf(*second_half)
 
-    def after_attention(self, x: Tensor, attended: Tensor, mlp: FeedForward | None) -> Tensor:
+    def after_attention(self, x: Tensor, attended: Tensor, mlp: SecondHalf | None) -> Tensor:
         """Add the gated attention output and the gated feed-forward; a pre-only stream passes unchanged."""
         if mlp is None:
             return x
@@ -96,12 +94,6 @@ class SingleStreamBlock(nn.Module):
         """The whole block on one stream: self-attention and feed-forward."""
         qkv, mlp = self.before_attention(x, condition, rope)
         return self.after_attention(x, attend(*qkv), mlp)
-
-
-def rest_in_order(rest: list[Tensor]) -> list[Tensor]:
-    """(gate1, shift2, scale2, gate2), the order of the last four of six modulation chunks."""
-    assert len(rest) == 4, f"expected four chunks, got {len(rest)}"
-    return rest
 
 
 class JointBlock(nn.Module):

@@ -5,10 +5,8 @@ checkpoints (arXiv 2412.15322), which is why the modules look exactly like this.
 the network's dtype, so that a bf16 network does not inherit bf16's machine epsilon.
 """
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -133,8 +131,3 @@ def nearest_exact_upsample(x: Tensor, length: int) -> Tensor:
     targets = torch.arange(length, dtype=torch.float32, device=x.device) + 0.5
     source = (targets * scale.item()).floor().long().clamp_(max=x.shape[1] - 1)
     return x.index_select(1, source)
-
-
-def activation(name: str) -> Callable[[], nn.Module]:
-    """Constructor of the activation called `name`: "selu" or "silu"."""
-    return {"selu": nn.SELU, "silu": nn.SiLU}[name]

@@ -1,7 +1,7 @@
 """Rotary position embedding of the MM-DiT: interleaved pairs, float32, positions expressed in latent tokens.
 
-Angles are recomputed for every forward (a few thousand sines) instead of being kept as buffers: there is nothing to cast
-to bf16 by accident, to lose on the meta device or to keep in step when sequence lengths change.
+Angles are recomputed for every forward (a few thousand sines) instead of being kept as buffers: there is
+nothing to cast to bf16 by accident, to lose on the meta device or to keep in step when sequence lengths change.
 """
 
 import torch

@@ -43,6 +43,19 @@ EVENT_STRUCT = pa.struct(
     [("time_s", pa.float64()), ("duration_s", pa.float64()), ("kind", pa.string()), ("variant", pa.string())],
 )
 
+CANDIDATE_STRUCT = pa.struct(
+    [
+        ("seed", pa.int64()),
+        ("total", pa.float32()),
+        ("semantic", pa.float32()),
+        ("temporal", pa.float32()),
+        ("num_detected", pa.int32()),
+        ("num_matched", pa.int32()),
+        ("num_class_matched", pa.int32()),
+        ("mel_distance", pa.float32()),
+    ],
+)
+
 
 def tensor_type(dtype: pa.DataType, *shape: int) -> pa.FixedShapeTensorType:
     """The canonical Arrow tensor type of one row's value of `shape`."""
@@ -223,6 +236,12 @@ SCORES = Contract(
         Column(name="reward", type=_plain(REWARD_STRUCT), doc="R and its two parts", nullable=True),
         Column(name="offset_s", type=_plain(pa.float32()), doc="best offset by SF-CAVP, seconds", nullable=True),
         Column(
+            name="invalid_reason",
+            type=_plain(pa.string()),
+            doc="why the reward refused the sound (silent, clipped, nonfinite); null when it did not",
+            nullable=True,
+        ),
+        Column(
             name="num_events",
             type=_plain(pa.int32()),
             doc="known events; null where the corpus knows none",
@@ -243,21 +262,20 @@ SCORES = Contract(
             doc="simple audio statistics for the Frechet distance",
         ),
         Column(
+            name="truth_statistics",
+            type=_plain(pa.list_(pa.float32())),
+            doc="the same statistics of the real sound",
+        ),
+        Column(
             name="diversity",
             type=_plain(pa.float32()),
             doc="mean pairwise log-mel distance among the candidates",
             nullable=True,
         ),
         Column(
-            name="candidate_rewards",
-            type=_plain(pa.list_(REWARD_STRUCT)),
-            doc="R of every candidate, the first is the row's own sound",
-        ),
-        Column(
-            name="candidate_f1",
-            type=_plain(pa.list_(pa.float32())),
-            doc="independent score (class-aware onset F1) of every candidate",
-            nullable=True,
+            name="candidates",
+            type=_plain(pa.list_(CANDIDATE_STRUCT)),
+            doc="seed, rewards and independent measures of every candidate; the first is the row's own sound",
         ),
         Column(name="audio", type=_plain(pa.binary()), doc="FLAC of what was generated"),
     ),

@@ -1,8 +1,9 @@
 """Ground-truth latents made wrong in time: the losers of `gt_vs_distorted`, which cost no sampling.
 
-Every distortion only moves whole latent tokens, it never blends or scales them: each token of the result is a token
-of the original, so a policy cannot tell winner from loser by a codec artefact or by changed statistics, only by when
-things sound. The list is ours (the idea of rule-made temporal losers is SyncDPO's, arXiv 2605.12179).
+Every distortion only moves whole latent tokens, it never blends or scales them: each token of the result is
+a token of the original, so a policy cannot tell winner from loser by a codec artefact or by changed
+statistics, only by when things sound. The list is ours (the idea of rule-made temporal losers is SyncDPO's,
+arXiv 2605.12179).
 """
 
 import math
@@ -34,7 +35,8 @@ def roll(latents: Tensor, token_rate_hz: float, generator: torch.Generator) -> T
 
 
 def swap_segments(latents: Tensor, token_rate_hz: float, generator: torch.Generator) -> Tensor:
-    """Exchange two disjoint segments of [N, C], each at least `MIN_SHIFT_S` long; the rest stays in place."""
+    """Exchange two disjoint segments of [N, C], each at least `MIN_SHIFT_S` long; the rest stays in
+    place."""
     num_tokens = latents.shape[0]
     least = _tokens(MIN_SHIFT_S, token_rate_hz)
     length = _randint(least, max(least, num_tokens // 3), generator)
@@ -49,7 +51,8 @@ def swap_segments(latents: Tensor, token_rate_hz: float, generator: torch.Genera
 def stretch(latents: Tensor, token_rate_hz: float, generator: torch.Generator) -> Tensor:
     """Slow down one part of a window of [N, C] and hurry the other, so that the clip keeps its length.
 
-    The window's middle moves by a share of the window within `STRETCH_MOVE`; tokens are picked by nearest index.
+    The window's middle moves by a share of the window within `STRETCH_MOVE`; tokens are picked by nearest
+    index.
     """
     num_tokens = latents.shape[0]
     window = _randint(_tokens(MIN_STRETCH_WINDOW_S, token_rate_hz), num_tokens, generator)
@@ -75,10 +78,11 @@ DISTORTIONS: dict[str, Callable[[Tensor, float, torch.Generator], Tensor]] = {
 
 
 def distort(latents: Tensor, duration_s: float, generator: torch.Generator) -> tuple[str, Tensor]:
-    """Distort [N, C] in one randomly chosen way; return the distortion's name and the result (same shape, type).
+    """Distort [N, C] in one randomly chosen way; return the distortion's name and the result (same shape,
+    type).
 
-    Random numbers come from `generator` (CPU) alone. Raises InputError where the clip is too short (< 1 s) for
-    sound to move by `MIN_SHIFT_S` both ways.
+    Random numbers come from `generator` (CPU) alone. Raises InputError where the clip is too short (< 1 s)
+    for sound to move by `MIN_SHIFT_S` both ways.
     """
     token_rate_hz = latents.shape[0] / duration_s
     if latents.shape[0] < 2 * _tokens(MIN_SHIFT_S, token_rate_hz):

@@ -1,7 +1,7 @@
-"""Which of the scored sounds of one clip become winner and loser, or why none do: a pure function of the scores.
+"""Which scored sounds of a clip become winner and loser, or why none do: a pure function of the scores.
 
-Every clip ends in exactly one of three ways: a kept pair, a dropped pair with one of `DROP_REASONS`, or a reject
-(the clip itself could not be processed). `count_outcomes` asserts that nothing is lost between them.
+Every clip ends in exactly one of three ways: a kept pair, a dropped pair with one of `DROP_REASONS`, or a
+reject (the clip itself could not be processed). `count_outcomes` asserts that nothing is lost between them.
 """
 
 import hashlib
@@ -16,9 +16,10 @@ from typing import Literal, get_args
 from pipelines.errors import ContractError, InputError
 
 PairMode = Literal["gt_vs_worst", "best_vs_worst", "gt_vs_random", "gt_vs_distorted", "mixed"]
-"""gt_vs_worst: the ground truth against the lowest candidate (the paper's); best_vs_worst: highest against lowest
-candidate (CRPO); gt_vs_random: the ground truth against any valid candidate (a control without ranking);
-gt_vs_distorted: the ground truth against itself made wrong in time; mixed: one of the others, drawn for each pair."""
+"""gt_vs_worst: the ground truth against the lowest candidate (the paper's); best_vs_worst: highest against
+lowest candidate (CRPO); gt_vs_random: the ground truth against any valid candidate (a control without
+ranking); gt_vs_distorted: the ground truth against itself made wrong in time; mixed: one of the others,
+drawn for each pair."""
 
 DROP_REASONS = (
     "invalid_ground_truth",
@@ -38,7 +39,7 @@ class Contender:
     """One scored sound that may win or lose."""
 
     origin: str
-    """`ground_truth`, a candidate's index as text, or `distorted:<how>`."""
+    """`ground_truth`, `candidate_<i>` or `distorted_<how>`."""
     reward: float
     """R in units of the reward's calibration; NaN where it could not be scored."""
     valid: bool
@@ -82,10 +83,11 @@ def choose(
 ) -> Choice:
     """Choose winner and loser of one clip.
 
-    In the three `gt_*` modes the winner is always the ground truth; for `gt_vs_distorted` the candidates are the
-    distorted ground truths. Unusable candidates take no part. Ties between candidates go to the lower index, so the
-    choice is a function of its arguments; `rng` is drawn from only by `gt_vs_random`. A pair of equal rewards says
-    nothing and is dropped at every margin, also at 0. `mixed` is resolved by `pick_mode` beforehand: ValueError here.
+    In the three `gt_*` modes the winner is always the ground truth; for `gt_vs_distorted` the candidates
+    are the distorted ground truths. Unusable candidates take no part. Ties between candidates go to the
+    lower index, so the choice is a function of its arguments; `rng` is drawn from only by `gt_vs_random`. A
+    pair of equal rewards says nothing and is dropped at every margin, also at 0. `mixed` is resolved by
+    `pick_mode` beforehand: ValueError here.
     """
     if mode == "mixed":
         raise ValueError("mixed is not a way to choose; draw a mode with pick_mode first")
@@ -126,24 +128,22 @@ def stable_seed(*parts: str | int) -> int:
 def parse_mixture(entries: Sequence[str]) -> dict[PairMode, float]:
     """Read `mode=probability` entries into probabilities that sum to 1.
 
-    Raises InputError, naming the entry, for an unknown mode, a repeated one, a probability outside [0, 1], or a sum
-    that is not 1.
+    Raises InputError, naming the entry, for an unknown mode, a repeated one, a probability outside [0, 1],
+    or a sum that is not 1.
     """
-    known = [mode for mode in get_args(PairMode) if mode != "mixed"]
+    known: dict[str, PairMode] = {mode: mode for mode in get_args(PairMode) if mode != "mixed"}
     mixture: dict[PairMode, float] = {}
     for entry in entries:
-        mode, _, text = entry.partition("=")
-        if mode not in known or mode in mixture:
-            raise InputError(
-                f"--mixture: {entry!r}: give each of {', '.join(known)} at most once, as MODE=PROBABILITY"
-            )
+        name, _, text = entry.partition("=")
+        if name not in known or name in mixture:
+            raise InputError(f"--mixture: {entry!r}: give each of {', '.join(known)} at most once, as MODE=PROBABILITY")
         try:
             probability = float(text)
         except ValueError:
             probability = math.nan
         if not 0 <= probability <= 1:
             raise InputError(f"--mixture: {entry!r}: the probability must be a number from 0 to 1")
-        mixture[mode] = probability
+        mixture[known[name]] = probability
     if not math.isclose(sum(mixture.values()), 1.0, abs_tol=1e-6):
         raise InputError(f"--mixture: the probabilities sum to {sum(mixture.values()):g}; they must sum to 1")
     return mixture
@@ -158,15 +158,15 @@ def pick_mode(mixture: Mapping[PairMode, float], rng: random.Random) -> PairMode
 def count_outcomes(num_clips: int, drop_reasons: Sequence[str | None], num_rejects: int) -> dict[str, int]:
     """Counts for the manifest: clips, kept, dropped_<reason> for every reason that occurred, rejects.
 
-    `drop_reasons` has one entry a pair row, None where it was kept. Raises ContractError where the counts do not add
-    up (clips = kept + dropped + rejects) or a reason is unknown: a clip was lost.
+    `drop_reasons` has one entry a pair row, None where it was kept. Raises ContractError where the counts
+    do not add up (clips = kept + dropped + rejects) or a reason is unknown: a clip was lost.
     """
     reasons = Counter(drop_reasons)
     kept = reasons.pop(None, 0)
     dropped = {f"dropped_{reason}": reasons[reason] for reason in DROP_REASONS if reasons[reason]}
     if kept + sum(dropped.values()) + num_rejects != num_clips:
         raise ContractError(
-            f"pairs: {num_clips} clips went in but {kept} kept + {sum(dropped.values())} dropped ({dict(reasons)}) + "
-            f"{num_rejects} rejects came out; this is a defect, keep the folder and report it"
+            f"pairs: {num_clips} clips went in but {kept} kept + {sum(dropped.values())} dropped "
+            f"({dict(reasons)}) + {num_rejects} rejects came out; a defect: keep the folder and report it"
         )
     return {"clips": num_clips, "kept": kept, **dropped, "rejects": num_rejects}

@@ -1,0 +1,243 @@
+"""The listening page as one self-contained HTML text: scores on top, then clip after clip every sound side by side.
+
+Pure composition of strings from plain values; everything that came from outside (labels, clip ids, captions, event
+names) is escaped, and a content policy in the page forbids any request.
+"""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipelines.evaluation.bootstrap import Estimate
+from pipelines.evaluation.page_style import CSS, SCRIPT
+from pipelines.evaluation.ranking_quality import BestOfN
+from pipelines.evaluation.summary import Metric, Summary
+from pipelines.evaluation.tables import is_clear
+
+CONTENT_POLICY = (
+    "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
+ARROWS = {"up": "&#8593;", "down": "&#8595;"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """One event on a timeline: a true one or one that the detector heard."""
+
+    time_s: float
+    duration_s: float
+    kind: str
+    variant: str
+    verdict: str
+    """hit, right-time (found, but as something else), missed (a true one) or false (a heard one)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageSound:
+    """One subject's sound of one clip."""
+
+    label: str
+    is_truth: bool
+    video_mp4: bytes
+    spectrogram_png: bytes
+    true_marks: tuple[Mark, ...]
+    heard_marks: tuple[Mark, ...]
+    reward: tuple[float, float, float] | None
+    """R, S_sem, S_tmp; None where it was not scored or was refused."""
+    refused: str | None
+    """Why the reward refused the sound."""
+    offset_s: float | None
+    notes: tuple[tuple[str, str], ...] = ()
+    """More numbers as (name, value)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageClip:
+    """One clip with all its sounds."""
+
+    clip_id: str
+    caption: str
+    duration_s: float
+    sounds: tuple[PageSound, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """Everything the listening page shows."""
+
+    title: str
+    about: str
+    choice: str
+    """How the shown clips were chosen."""
+    summary: Summary
+    best_of_n: Mapping[str, BestOfN]
+    plots_svg: Sequence[str]
+    clips: Sequence[PageClip]
+    lineage: Mapping[str, str]
+
+    def to_html(self) -> str:
+        """The page; needs no other file and makes no request."""
+        has_events = any(sound.true_marks for clip in self.clips for sound in clip.sounds)
+        plots = "".join(f'<div class="panel">{svg}</div>' for svg in self.plots_svg)
+        links = "".join(
+            f'<a href="#clip-{i}" title="{_text(clip.clip_id)}">{_text(clip.clip_id)}</a>'
+            for i, clip in enumerate(self.clips)
+        )
+        lineage = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in self.lineage.items())
+        return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_text(self.title)}</title><style>{CSS}</style></head>
+<body><main>
+<header><h1>{_text(self.title)}</h1><p class="soft">{_text(self.about)}</p></header>
+<h2>Scores</h2>{_score_table(self.summary)}
+{_best_of_n(self.best_of_n)}
+<h2>Reward and independent score, clip by clip</h2><div class="plots">{plots}</div>
+<h2>Listen</h2>{_guide(self.choice, has_events)}
+<nav>{links}</nav>
+{"".join(_clip(i, clip, has_events) for i, clip in enumerate(self.clips))}
+<h2>Made from</h2><div class="panel"><dl class="lineage">{lineage}</dl></div>
+</main><script>{SCRIPT}</script></body></html>
+"""
+
+
+def _text(value: str) -> str:
+    return html.escape(value, quote=True)
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _score_table(summary: Summary) -> str:
+    head = "".join(f'<th title="{_text(m.meaning)}">{_text(m.title)} {ARROWS[m.better]}</th>' for m in summary.metrics)
+    body = "".join(_score_row(summary, label) for label in summary.labels)
+    return f"""<div class="panel scroll"><table><thead><tr><th>subject</th>{head}</tr></thead>
+<tbody>{body}</tbody></table></div>
+<p class="soft">{summary.num_clips} clips. Arrows: {ARROWS["up"]} more is better, {ARROWS["down"]} less is better.
+Small: 95 % bootstrap interval over clips; below it the difference from {_text(summary.baseline)}, paired by clip
+(same clips, same noise), green or red where its interval leaves out zero.
+Column names explain themselves on hover.</p>"""
+
+
+def _score_row(summary: Summary, label: str) -> str:
+    invalid = summary.num_invalid[label]
+    note = f'<span class="interval">{invalid} refused by the reward</span>' if invalid else ""
+    cells = "".join(_score_cell(summary, label, metric) for metric in summary.metrics)
+    return f"<tr><td><b>{_text(label)}</b>{note}</td>{cells}</tr>"
+
+
+def _score_cell(summary: Summary, label: str, metric: Metric) -> str:
+    value = summary.estimates[label].get(metric.name)
+    if value is None:
+        return '<td class="soft">&ndash;</td>'
+    return (
+        f'<td><b>{value.value:.3f}</b><span class="interval">{value.lo:.3f} &hellip; {value.hi:.3f}</span>'
+        f"{_difference(summary.differences.get(label, {}).get(metric.name), metric)}</td>"
+    )
+
+
+def _difference(difference: Estimate | None, metric: Metric) -> str:
+    if difference is None:
+        return ""
+    kind = ""
+    if is_clear(difference):
+        kind = " good" if (difference.value > 0) == (metric.better == "up") else " bad"
+    return (
+        f'<span class="difference{kind}" title="{difference.lo:+.3f} to {difference.hi:+.3f}">'
+        f"{difference.value:+.3f}</span>"
+    )
+
+
+def _best_of_n(curves: Mapping[str, BestOfN]) -> str:
+    if not curves:
+        return ""
+    counts = sorted({n for curve in curves.values() for n in curve.picked})
+    head = "".join(f"<th>n = {n}</th>" for n in counts)
+    rows = []
+    for label, curve in curves.items():
+        for name, points in (("picked by the reward", curve.picked), ("picked by the score itself", curve.oracle)):
+            cells = "".join(_curve_cell(points.get(n)) for n in counts)
+            rows.append(f'<tr><td><b>{_text(label)}</b> <span class="soft">{name}</span></td>{cells}</tr>')
+    scores = " / ".join(sorted({curve.score for curve in curves.values()}))
+    return f"""<h2>Best of n candidates: can the reward choose?</h2><div class="panel scroll"><table><thead><tr>
+<th>{_text(scores)} of the chosen one</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>"""
+
+
+def _curve_cell(point: Estimate | None) -> str:
+    if point is None:
+        return '<td class="soft">&ndash;</td>'
+    return f'<td><b>{point.value:.3f}</b><span class="interval">{point.lo:.3f} &hellip; {point.hi:.3f}</span></td>'
+
+
+def _guide(choice: str, has_events: bool) -> str:
+    marks = """<span><i class="hit"></i>found</span>
+<span><i class="right-time"></i>found at the right time as something else</span>
+<span><i class="missed"></i>missed</span><span><i class="false"></i>heard, but not there</span>
+<span>upper lane: true events, lower lane: what the independent detector heard</span>"""
+    return f"""<div class="panel"><p>{_text(choice)} Click a spectrogram to listen from there.
+Keys: <kbd>1</kbd> &hellip; <kbd>9</kbd> play a sound of the clip in view, <kbd>n</kbd> <kbd>p</kbd> next and previous
+clip.</p>
+<div class="legend">{marks if has_events else ""}</div></div>"""
+
+
+def _clip(index: int, clip: PageClip, has_events: bool) -> str:
+    cards = "".join(_card(i, sound, clip.duration_s, has_events) for i, sound in enumerate(clip.sounds))
+    caption = f'<span class="soft">&ldquo;{_text(clip.caption)}&rdquo;</span>' if clip.caption else ""
+    return f"""<section class="clip panel" id="clip-{index}">
+<div class="clip-head"><h3>{_text(clip.clip_id)}</h3>{caption}
+<button class="in-turn" type="button">Play all in turn</button></div><div class="cards">{cards}</div></section>
+"""
+
+
+def _card(index: int, sound: PageSound, duration_s: float, has_events: bool) -> str:
+    onsets = "".join(
+        f'<span class="onset" style="left:{_percent(mark.time_s, duration_s)}"></span>' for mark in sound.true_marks
+    )
+    true_lane = heard_lane = ""
+    if has_events:
+        true_lane = f'<div class="lane">{"".join(_true_mark(m, duration_s) for m in sound.true_marks)}</div>'
+        heard_lane = f'<div class="lane">{"".join(_heard_mark(m, duration_s) for m in sound.heard_marks)}</div>'
+    return f"""<div class="card{" truth" if sound.is_truth else ""}" data-duration="{duration_s:.6f}">
+<div class="card-head"><b>{_text(sound.label)}</b><kbd>{index + 1}</kbd></div>
+<video controls preload="metadata" playsinline src="{_data_uri("video/mp4", sound.video_mp4)}"></video>
+<span class="broken"></span><div class="timeline">{true_lane}
+<img alt="spectrogram of {_text(sound.label)}" src="{_data_uri("image/png", sound.spectrogram_png)}">
+{heard_lane}{onsets}<span class="playhead"></span></div>{_numbers(sound)}</div>
+"""
+
+
+def _percent(time_s: float, duration_s: float) -> str:
+    return f"{100 * min(max(time_s / duration_s, 0.0), 1.0):.2f}%"
+
+
+def _true_mark(mark: Mark, duration_s: float) -> str:
+    left, width = _percent(mark.time_s, duration_s), _percent(mark.duration_s, duration_s)
+    return (
+        f'<span class="mark {mark.verdict}" title="{_mark_title(mark)}" style="left:{left};width:{width}">'
+        f"{_text(mark.kind[:1])}</span>"
+    )
+
+
+def _heard_mark(mark: Mark, duration_s: float) -> str:
+    left = _percent(mark.time_s, duration_s)
+    return f'<span class="tick {mark.verdict}" title="{_mark_title(mark)}" style="left:{left}"></span>'
+
+
+def _mark_title(mark: Mark) -> str:
+    return _text(f"{mark.kind} {mark.variant} at {mark.time_s:.2f} s: {mark.verdict.replace('-', ' ')}")
+
+
+def _numbers(sound: PageSound) -> str:
+    if sound.refused is not None:
+        return f'<div class="refused">refused by the reward: {_text(sound.refused)}</div>'
+    entries: list[tuple[str, str]] = []
+    if sound.reward is not None:
+        entries += list(zip(("R", "S_sem", "S_tmp"), (f"{v:+.2f}" for v in sound.reward), strict=True))
+    if sound.offset_s is not None:
+        entries.append(("offset", f"{1000 * sound.offset_s:+.0f} ms"))
+    entries += sound.notes
+    spans = "".join(f'<span><span class="soft">{_text(k)}</span>{_text(v)}</span>' for k, v in entries)
+    return f'<div class="numbers">{spans}</div>'

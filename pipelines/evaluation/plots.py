@@ -1,0 +1,79 @@
+"""The two plots of the report as SVG text: how rewards are spread, and reward against the independent score."""
+
+import io
+from collections.abc import Mapping
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from pipelines.evaluation.ranking_quality import first_candidate_score
+from pipelines.evaluation.scores import ClipScores
+
+COLOURS = ("#1f5fbf", "#e0813a", "#17a673", "#8d63c9", "#c2417a", "#5b6675", "#b8a11f", "#3aa6b9")
+DRAWING = {"svg.hashsalt": "listening-page", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
+"""A fixed salt and no date make the same scores give the same bytes."""
+
+
+def reward_histogram(scores: Mapping[str, ClipScores]) -> str:
+    """How the reward of the clips is spread, one outline a subject."""
+    known = {label: s.values["reward"][np.isfinite(s.values["reward"])] for label, s in scores.items()}
+    every = np.concatenate([*known.values(), np.zeros(0)])
+    figure, axes = _figure("reward R of each clip", "share of clips")
+    if len(every):
+        edges = np.histogram_bin_edges(every, bins=30)
+        for (label, values), colour in zip(known.items(), _colours(len(known)), strict=True):
+            share = np.histogram(values, edges)[0] / max(len(values), 1)
+            axes.stairs(share, edges, color=colour, linewidth=1.6, label=_plain(label), fill=False)
+            if len(values):
+                axes.axvline(float(values.mean()), color=colour, linewidth=0.9, linestyle=":")
+        axes.legend(frameon=False)
+    return _svg(figure, "Reward by subject; dotted: the mean")
+
+
+def reward_against_score(scores: Mapping[str, ClipScores]) -> str:
+    """Reward against the independent score, one dot a clip and subject."""
+    by_events = any(s.has_events for s in scores.values())
+    figure, axes = _figure("reward R", "class-aware onset F1 of the clip" if by_events else "minus log-mel distance")
+    for (label, subject), colour in zip(scores.items(), _colours(len(scores)), strict=True):
+        reward, score = subject.values["reward"], first_candidate_score(subject)
+        known = np.isfinite(reward) & np.isfinite(score)
+        if known.any():
+            axes.scatter(reward[known], score[known], s=9, alpha=0.55, color=colour, linewidths=0, label=_plain(label))
+    if axes.collections:
+        axes.legend(frameon=False)
+    return _svg(figure, "Each dot is one clip of one subject")
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _plain(label: str) -> str:
+    """A label that matplotlib neither reads as mathematics nor hides (a leading underscore)."""
+    return "\u200b" + label.replace("$", r"\$")
+
+
+def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(DRAWING):
+        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.2)
+    return figure, axes
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """SVG element (without the XML prologue, which does not belong inside HTML)."""
+    with matplotlib.rc_context(DRAWING):
+        figure.suptitle(title, fontsize=10, color="#5b6675")
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(
+            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,100 @@
+"""A scores dataset as arrays over clips, and the check that several of them cover the same clips."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.errors import ContractError, InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipScores:
+    """The numbers of one scores dataset as arrays over clips, sorted by `clip_id`; missing values are NaN."""
+
+    clip_ids: tuple[str, ...]
+    values: dict[str, np.ndarray]
+    """Scalar columns, each float64 [clips]."""
+    candidates: dict[str, np.ndarray]
+    """Fields of the candidates, each float64 [clips, N]."""
+    statistics: np.ndarray
+    """Audio statistics of the scored sound, float64 [clips, D]."""
+    truth_statistics: np.ndarray
+    """The same of the real sound."""
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Self:
+        """Read a scores table; raises `ContractError` where clips have unequal numbers of candidates."""
+        table = table.sort_by("clip_id")
+        clip_ids = tuple(table["clip_id"].to_pylist())
+        reward = table["reward"].combine_chunks()
+        scalars = {f.name: _floats(table[f.name]) for f in table.schema if _is_number(f.type)}
+        for name, part in (("reward", "total"), ("reward_semantic", "semantic"), ("reward_temporal", "temporal")):
+            scalars[name] = _floats(pa.chunked_array([pc.struct_field(reward, part)]))
+        counts = set(table["candidates"].combine_chunks().value_lengths().to_pylist())
+        if len(counts) > 1:
+            raise ContractError(
+                f"scores: clips have {sorted(counts)} candidates; evaluate all clips with one --candidates"
+            )
+        return cls(
+            clip_ids=clip_ids,
+            values=scalars,
+            candidates=_candidate_fields(table["candidates"], len(clip_ids)),
+            statistics=np.array(table["statistics"].to_pylist(), np.float64),
+            truth_statistics=np.array(table["truth_statistics"].to_pylist(), np.float64),
+        )
+
+    @property
+    def num_clips(self) -> int:
+        """Clips scored."""
+        return len(self.clip_ids)
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates a clip."""
+        return self.candidates["total"].shape[1]
+
+    @property
+    def num_invalid(self) -> int:
+        """Clips whose sound the reward refuses (silent, clipped, not finite)."""
+        return int(np.isnan(self.values["reward"]).sum())
+
+    @property
+    def has_events(self) -> bool:
+        """Whether any clip has known events; without them there is no onset F1."""
+        return bool(np.isfinite(self.values["num_events"]).any())
+
+
+def check_same_clips(scores: Mapping[str, ClipScores]) -> None:
+    """Raise `InputError` unless every subject has exactly the same clips."""
+    labels = list(scores)
+    first = set(scores[labels[0]].clip_ids)
+    for label in labels[1:]:
+        extra, lacking = set(scores[label].clip_ids) - first, first - set(scores[label].clip_ids)
+        if extra or lacking:
+            example = min(extra | lacking)
+            raise InputError(
+                f"scores {label!r} and {labels[0]!r} differ in their clips: {len(lacking)} lacking, {len(extra)} more, "
+                f"such as {example!r}; evaluate both on the same features and split"
+            )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    return column.cast(pa.float64()).fill_null(math.nan).to_numpy()
+
+
+def _candidate_fields(column: pa.ChunkedArray, num_clips: int) -> dict[str, np.ndarray]:
+    entries = column.combine_chunks()
+    flat = entries.flatten()
+    return {
+        field.name: _floats(pa.chunked_array([pc.struct_field(flat, field.name)])).reshape(num_clips, -1)
+        for field in entries.type.value_type
+    }

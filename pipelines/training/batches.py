@@ -1,0 +1,164 @@
+"""From row groups on disk to the batches of one rank, ahead of the loop in a thread.
+
+A rank reads whole row groups, in the order of the global sequence, only the columns it needs; row groups that were read
+lately stay in memory, so a dataset that fits is read once.
+"""
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.data.contracts import CONTRACTS
+from pipelines.data.store import Dataset, Part
+from pipelines.errors import InputError
+from pipelines.training.objective import Batch, DataRef, Draws
+from pipelines.training.order import BatchPlan, GlobalOrder
+
+CACHE_BYTES = 2**30
+PREFETCHED_BATCHES = 4
+
+
+class RowGroups:
+    """Random access to the row groups of one split, projected to a few columns."""
+
+    def __init__(self, data: DataRef, columns: tuple[str, ...]) -> None:
+        self._dataset = Dataset.open(data.location, CONTRACTS[data.contract])
+        self._columns = columns
+        self._groups: list[tuple[Part, int]] = [
+            (part, index)
+            for part in self._dataset.parts
+            if data.split in (None, part.split)
+            for index in range(len(part.row_groups))
+        ]
+        if not self._groups:
+            raise InputError(f"{data.location} has no rows of split '{data.split}'; it has {self._dataset.splits}")
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._cached_bytes = 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each group, in the manifest's order."""
+        return tuple(part.row_groups[index] for part, index in self._groups)
+
+    def take(self, places: np.ndarray) -> pa.Table:
+        """Return the rows at `places`, int64 [n, 2] of (group, row), in that order."""
+        groups, inverse = np.unique(places[:, 0], return_inverse=True)
+        pieces, where = [], np.empty(len(places), np.int64)
+        start = 0
+        for which, group in enumerate(groups):
+            mine = np.flatnonzero(inverse == which)
+            pieces.append(self._read(int(group)).take(pa.array(places[mine, 1])))
+            where[mine] = np.arange(start, start + len(mine))
+            start += len(mine)
+        return pa.concat_tables(pieces).take(pa.array(where))
+
+    def _read(self, group: int) -> pa.Table:
+        if group in self._cache:
+            self._cache.move_to_end(group)
+            return self._cache[group]
+        part, index = self._groups[group]
+        table = self._dataset.read_row_group(part, index, self._columns)
+        self._cache[group] = table
+        self._cached_bytes += table.nbytes
+        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_bytes -= oldest.nbytes
+        return table
+
+
+Collate = Callable[[pa.Table, Draws], Batch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSource:
+    """Everything that fixes the batches of one rank."""
+
+    groups: RowGroups
+    order: GlobalOrder
+    plan: BatchPlan
+    rank: int
+    seed: int
+    collate: Collate
+
+    def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """Yield the micro batches of steps [first_step, last_step), `accumulation` a step."""
+        known = -1, np.empty((0, 2), np.int64)
+        for step in range(first_step, last_step):
+            for positions in self.plan.positions(step, self.rank):
+                places = np.empty((len(positions), 2), np.int64)
+                epochs, rows = np.divmod(positions, self.order.num_rows)
+                for epoch in np.unique(epochs):
+                    if known[0] != epoch:
+                        known = int(epoch), self.order.epoch(int(epoch))
+                    chosen = epochs == epoch
+                    places[chosen] = known[1][rows[chosen]]
+                draws = Draws(self.seed, "training", tuple(int(position) for position in positions))
+                yield self.collate(self.groups.take(places), draws)
+
+
+def validation_batches(
+    groups: RowGroups, plan: BatchPlan, rank: int, seed: int, collate: Collate
+) -> Iterator[Batch]:
+    """Yield this rank's micro batches of all rows in the manifest's order, always with the same draws.
+
+    A global micro batch is `micro_size` x world rows; the tail that does not fill one is left out, so that every rank
+    takes part in every batch.
+    """
+    places = np.concatenate(
+        [np.stack([np.full(size, group), np.arange(size)], axis=1) for group, size in enumerate(groups.sizes)]
+    )
+    width = plan.micro_size * plan.world_size
+    for start in range(0, len(places) - width + 1, width):
+        positions = np.arange(start + rank, start + width, plan.world_size)
+        draws = Draws(seed, "validation", tuple(int(position) for position in positions))
+        yield collate(groups.take(places[positions]), draws)
+
+
+class Prefetched:
+    """Runs an iterator of batches in a thread, a few ahead; its exceptions are raised where the batch is taken."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCHED_BATCHES)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True, name="batches")
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Stop the thread and wait for it."""
+        self._stopped.set()
+        while self._thread.is_alive():
+            while not self._queue.empty():
+                self._queue.get_nowait()
+            self._thread.join(timeout=0.05)
+
+    def _fill(self, batches: Iterator[Batch]) -> None:
+        try:
+            for batch in batches:
+                self._put(batch)
+                if self._stopped.is_set():
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException | None) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return

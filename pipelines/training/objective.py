@@ -1,0 +1,190 @@
+"""What the loop asks of an objective, and what it gives it.
+
+The loop knows nothing of sound: an `Objective` (a small picklable description) names the columns it reads, turns rows
+into a batch, builds a `Trainee` (the network with its loss), and exports it. Every random draw of a sample is keyed by
+(seed, stream, global sample position), never by rank or by worker, so the same samples get the same noise
+for any number of workers, after any resume.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from pipelines.errors import InputError
+from pipelines.training.schedule import Schedule, ScheduleName
+
+Batch = dict[str, Tensor]
+Gather = Callable[[Tensor], Tensor]
+"""[B, ...] on one rank -> [world * B, ...] on every rank, with gradient."""
+
+Stream = Literal["training", "validation", "initial"]
+_STREAMS: dict[Stream, int] = {"training": 0, "validation": 1, "initial": 2}
+
+
+def sample_generator(seed: int, stream: Stream, position: int) -> torch.Generator:
+    """Return the CPU generator of one sample: a function of its position alone."""
+    key = np.random.SeedSequence((seed, _STREAMS[stream], position)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(key) & (2**63 - 1))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The generators of the samples of one batch, in order."""
+
+    seed: int
+    stream: Stream
+    positions: tuple[int, ...]
+
+    def generators(self) -> list[torch.Generator]:
+        """Return a fresh generator for every sample; always the same ones."""
+        return [sample_generator(self.seed, self.stream, position) for position in self.positions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRef:
+    """The rows of one split of a finished dataset."""
+
+    location: str
+    contract: str
+    """Name of the contract in `pipelines.data.contracts.CONTRACTS`."""
+    split: str | None
+    """None: all rows (a dataset of pairs has no splits)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How to train: everything here but `checkpoint_every` and `keep_last` affects the result."""
+
+    steps: int
+    batch_size: int
+    """Samples a step, over all workers and accumulation steps."""
+    lr: float
+    warmup_steps: int = 0
+    schedule: ScheduleName = "constant"
+    accumulation: int = 1
+    clip: float | None = 1.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    zero_stage: int = 0
+    bf16: bool = False
+    seed: int = 0
+    ema_decay: float | None = None
+    """Plain exponential average of the weights, validated and exported in their place; None: off."""
+    ema_width: float | None = None
+    """Relative width of a power-function average instead (0.05 is MMAudio's)."""
+    validate_every: int = 0
+    """Steps between validations; 0: only at the end."""
+    checkpoint_every: int = 100
+    keep_last: int = 2
+    max_bad_steps: int = 20
+    """So many skipped steps in a row (loss or gradient not finite) end the run."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or self.accumulation < 1 or self.checkpoint_every < 1:
+            raise InputError("--steps, --batch-size, --accumulation and --checkpoint-every must be at least 1")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise InputError(f"--zero-stage must be 0, 1, 2 or 3, got {self.zero_stage}")
+        if self.ema_decay is not None and self.ema_width is not None:
+            raise InputError("--ema-decay and --ema-width are two kinds of average: give one of them")
+
+    def learning_rates(self) -> Schedule:
+        """Return the schedule."""
+        return Schedule(
+            peak=self.lr, total_steps=self.steps, warmup_steps=self.warmup_steps, name=self.schedule
+        )
+
+    def affecting_bytes(self) -> dict[str, object]:
+        """Return the options that belong into a stage's fingerprint."""
+        return {
+            name: value
+            for name, value in sorted(vars(self).items())
+            if name not in ("checkpoint_every", "keep_last")
+        }
+
+
+class Trainee(nn.Module, ABC):
+    """A network and its loss as one module, so that ZeRO-3 sees every use of a parameter inside `forward`.
+
+    What is frozen and not saved (a reference policy) is kept out of the module's registered children.
+    """
+
+    @abstractmethod
+    def forward(self, batch: Batch, gather: Gather) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss (scalar, mean over the batch) and scalar metrics, detached, with the same names always.
+
+        In eval mode the same on validation rows.
+        """
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
+        """Return AdamW's groups; here all trainable parameters with the same decay."""
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [{"params": trainable, "weight_decay": weight_decay}]
+
+    def probe(self, batch: Batch, gather: Gather) -> dict[str, float]:
+        """Return costly metrics (extra backward passes) that are asked for every few steps; none by default."""
+        return {}
+
+    def alarm(self, metrics: dict[str, float]) -> str | None:
+        """Look at one step's metrics (means over ranks); return one line if something is wrong, else None."""
+        return None
+
+    def watch_state(self) -> dict[str, float]:
+        """Return what `alarm` has gathered, for a checkpoint."""
+        return {}
+
+    def load_watch_state(self, state: dict[str, float]) -> None:
+        """Continue from `watch_state()`."""
+
+
+class Objective(Protocol):
+    """Picklable description of what is trained, on which rows."""
+
+    @property
+    def name(self) -> str:
+        """Short name for logs and metrics."""
+        ...
+
+    @property
+    def training_data(self) -> DataRef:
+        """Rows to train on."""
+        ...
+
+    @property
+    def validation_data(self) -> DataRef | None:
+        """Rows to validate on, or None."""
+        ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns it reads; nothing else leaves the disk."""
+        ...
+
+    @property
+    def probe_every(self) -> int:
+        """Steps between calls of `Trainee.probe`; 0: never."""
+        ...
+
+    @property
+    def stop_on_alarm(self) -> bool:
+        """Whether an alarm ends the run, with the weights of that step exported; otherwise it is only reported."""
+        ...
+
+    def build(self, device: torch.device) -> Trainee:
+        """Build the trainee with its starting weights: the same on every rank and after every restart."""
+        ...
+
+    def collate(self, rows: pa.Table, draws: Draws) -> Batch:
+        """Turn rows into CPU tensors, random draws included, one generator a row."""
+        ...
+
+    def export(self, trainee: Trainee, folder: Path) -> dict[str, float]:
+        """Write what the next stage loads into `folder` and return final metrics; called on rank 0 alone."""
+        ...

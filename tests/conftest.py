@@ -1,0 +1,25 @@
+"""Shared fixtures: one local Ray cluster for the whole run, and no network or user-wide state."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A local cluster of 2 CPUs on loopback, shared by every test that asks for it."""
+    from pipelines.cluster import connect
+
+    with connect(num_cpus=2):
+        yield
+
+
+@pytest.fixture
+def fixtures() -> Path:
+    """Folder of the small committed fixtures."""
+    return Path(__file__).parent / "fixtures"
