@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,18 +19,23 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
     An open connection is reused and left open. `RAY_ADDRESS` (set by `ray job submit` too) names a running cluster;
     without it a local cluster of `num_cpus` (default: the machine's) starts and ends with the block.
     """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # Before Ray is imported: it reads them once.
+        for name, value in LOOPBACK_VARIABLES.items():
+            os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
         yield
         return
     _quiet()
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address=os.environ["RAY_ADDRESS"], logging_level=logging.ERROR)
+    if address:
+        ray.init(address=address, logging_level=logging.ERROR)
     else:
-        for name, value in LOOPBACK_VARIABLES.items():
-            os.environ.setdefault(name, value)
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            # A token of its own: Ray would else leave one in the home folder, which later clusters pick up unasked.
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         ray.init(
             address="local",
             num_cpus=num_cpus,

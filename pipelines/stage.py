@@ -143,7 +143,8 @@ def plan_stage(*, name: str, config: Mapping[str, Any], inputs: Mapping[str, str
 
 
 def _outcome(folder: Folder, started: Mapping[str, Any], fingerprint: str) -> Outcome:
-    for name, outcome in ((MANIFEST, "skip"), (STARTED, "resume")):
+    outcomes: tuple[tuple[str, Outcome], ...] = ((MANIFEST, "skip"), (STARTED, "resume"))
+    for name, outcome in outcomes:
         if folder.exists(name):
             found = _read_json(folder, name)
             if found.get("fingerprint") != fingerprint:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from models.spec import ClipSpec
 from pipelines.errors import ContractError
@@ -360,7 +359,7 @@ def conform(table: pa.Table, contract: Contract, spec: ClipSpec) -> pa.Table:
         if column.type != field.type:
             raise ContractError(f"{contract.name}: column '{field.name}' is {column.type}, expected {field.type}")
         if not field.nullable and column.null_count:
-            at = pc.index(pc.is_null(column), True).as_py()
+            at = column.to_pylist().index(None)
             raise ContractError(f"{contract.name}: column '{field.name}' is null in clip '{_clip(table, at)}'")
         _check_finite(table, field, contract)
     _check_key(table, contract)

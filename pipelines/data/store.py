@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from models.spec import SPECS, ClipSpec
@@ -59,8 +58,8 @@ def encode_part(table: pa.Table, contract: Contract, spec: ClipSpec) -> bytes:
         sink,
         compression="zstd",
         row_group_size=ROW_GROUP_ROWS,
-        use_dictionary=dictionary_columns or False,
-        use_byte_stream_split=split_columns or False,
+        use_dictionary=dictionary_columns or False,  # pyright: ignore[reportArgumentType]
+        use_byte_stream_split=split_columns or False,  # pyright: ignore[reportArgumentType]
     )
     return sink.getvalue()
 
@@ -233,9 +232,10 @@ class Dataset:
         wanted = [c.name for c in self.contract.columns] if names is None else list(names)
         with_key = wanted if "clip_id" in wanted else ["clip_id", *wanted]
         groups = []
+        keep = set(clip_ids or ())
         for group in self.iter_row_groups(with_key, split):
             if clip_ids is not None:
-                group = group.filter(pc.is_in(group["clip_id"], pa.array(clip_ids, pa.string())))
+                group = group.filter(pa.array([clip in keep for clip in group["clip_id"].to_pylist()], pa.bool_()))
             groups.append(group)
         schema = self.contract.schema(self.spec)
         empty = pa.schema([schema.field(n) for n in with_key]).empty_table()

@@ -19,8 +19,10 @@ from models.spec import ClipSpec
 from pipelines.data.contracts import REJECTS, Contract
 from pipelines.data.storage import Folder, open_folder
 from pipelines.data.store import ROW_GROUP_ROWS, encode_part
-from pipelines.errors import PipelineError
+from pipelines.errors import ContractError, EnvironmentFailed, InputError, PipelineError, Refused, StageConflict
 from pipelines.progress import Progress
+
+_ERRORS = {e.__name__: e for e in (ContractError, EnvironmentFailed, InputError, Refused, StageConflict)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +98,23 @@ class _CommittingActor:
         self._spec = spec
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        receipts: dict[str, list[Any]] = {"unit_id": [], "rows": [], "rejects": []}
-        for encoded in batch["unit"]:
-            unit = pickle.loads(encoded)
+        receipts = [self._commit(pickle.loads(encoded)) for encoded in batch["unit"]]
+        return {name: [receipt[name] for receipt in receipts] for name in receipts[0]}
+
+    def _commit(self, unit: Unit) -> dict[str, Any]:
+        try:
             table, rejects = self._worker.process(unit)
             commit_unit(self._folder, unit, table, rejects, self._contract, self._spec)
-            receipts["unit_id"].append(unit.unit_id)
-            receipts["rows"].append(table.num_rows)
-            receipts["rejects"].append(rejects.num_rows)
-        return receipts
+        except PipelineError as error:
+            # Travels as data: Ray's wrapping of exceptions would lose the type, and with it the exit code.
+            return {"unit_id": unit.unit_id, "rows": 0, "rejects": 0, "error": type(error).__name__, "what": str(error)}
+        return {
+            "unit_id": unit.unit_id,
+            "rows": table.num_rows,
+            "rejects": rejects.num_rows,
+            "error": "",
+            "what": "",
+        }
 
 
 def run_units(
@@ -131,7 +141,7 @@ def run_units(
         label: what the progress line counts.
 
     Raises:
-        PipelineError: what a worker raised, unwrapped from Ray's errors.
+        PipelineError: what a worker raised.
     """
     folder = open_folder(out)
     done = done_units(folder)
@@ -192,10 +202,10 @@ def _run_on_ray(
         num_cpus=actor_cpus(cluster_cpus(), num_workers),
         num_gpus=num_gpus or None,
     )
-    try:
-        yield from receipts.iter_rows()
-    except Exception as error:
-        raise unwrap(error) from error
+    for receipt in receipts.iter_rows():
+        if receipt["error"]:
+            raise _ERRORS[receipt["error"]](receipt["what"])
+        yield receipt
 
 
 def actor_cpus(total_cpus: float, num_workers: int) -> float:
@@ -205,13 +215,3 @@ def actor_cpus(total_cpus: float, num_workers: int) -> float:
     """
     share = 0.7 * total_cpus / num_workers
     return float(math.floor(share)) if share >= 2 else 1.0 if share >= 1 else max(math.floor(share * 100) / 100, 0.01)
-
-
-def unwrap(error: BaseException) -> BaseException:
-    """The PipelineError inside Ray's chain of causes when there is one, else the error itself."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, PipelineError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return error

@@ -18,6 +18,9 @@ from pipelines.evaluation.tables import is_clear
 CONTENT_POLICY = (
     "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 )
+KIND_SIGNS = "●■▲◆★✚▼◖⬟✱"
+"""One sign for each kind of event, in order of their names; kinds beyond the last share it."""
+SCORE_TITLES = {"class_f1": "class-aware onset F1", "mel_distance": "log-mel distance"}
 ARROWS = {"up": "&#8593;", "down": "&#8595;"}
 
 
@@ -78,7 +81,7 @@ class Page:
 
     def to_html(self) -> str:
         """The page; needs no other file and makes no request."""
-        has_events = any(sound.true_marks for clip in self.clips for sound in clip.sounds)
+        signs = _signs(self.clips)
         plots = "".join(f'<div class="panel">{svg}</div>' for svg in self.plots_svg)
         links = "".join(
             f'<a href="#clip-{i}" title="{_text(clip.clip_id)}">{_text(clip.clip_id)}</a>'
@@ -95,9 +98,9 @@ class Page:
 <h2>Scores</h2>{_score_table(self.summary)}
 {_best_of_n(self.best_of_n)}
 <h2>Reward and independent score, clip by clip</h2><div class="plots">{plots}</div>
-<h2>Listen</h2>{_guide(self.choice, has_events)}
+<h2>Listen</h2>{_guide(self.choice, signs)}
 <nav>{links}</nav>
-{"".join(_clip(i, clip, has_events) for i, clip in enumerate(self.clips))}
+{"".join(_clip(i, clip, signs) for i, clip in enumerate(self.clips))}
 <h2>Made from</h2><div class="panel"><dl class="lineage">{lineage}</dl></div>
 </main><script>{SCRIPT}</script></body></html>
 """
@@ -111,6 +114,12 @@ def _data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
+def _signs(clips: Sequence[PageClip]) -> dict[str, str]:
+    """Sign of each kind of true event on the page; empty where no events are known."""
+    kinds = sorted({mark.kind for clip in clips for sound in clip.sounds for mark in sound.true_marks})
+    return {kind: KIND_SIGNS[min(i, len(KIND_SIGNS) - 1)] for i, kind in enumerate(kinds)}
+
+
 def _score_table(summary: Summary) -> str:
     head = "".join(f'<th title="{_text(m.meaning)}">{_text(m.title)} {ARROWS[m.better]}</th>' for m in summary.metrics)
     body = "".join(_score_row(summary, label) for label in summary.labels)
@@ -119,7 +128,8 @@ def _score_table(summary: Summary) -> str:
 <p class="soft">{summary.num_clips} clips. Arrows: {ARROWS["up"]} more is better, {ARROWS["down"]} less is better.
 Small: 95 % bootstrap interval over clips; below it the difference from {_text(summary.baseline)}, paired by clip
 (same clips, same noise), green or red where its interval leaves out zero.
-Column names explain themselves on hover.</p>"""
+Column names explain themselves on hover.
+{_text(" ".join(summary.cautions))}</p>"""
 
 
 def _score_row(summary: Summary, label: str) -> str:
@@ -161,7 +171,7 @@ def _best_of_n(curves: Mapping[str, BestOfN]) -> str:
         for name, points in (("picked by the reward", curve.picked), ("picked by the score itself", curve.oracle)):
             cells = "".join(_curve_cell(points.get(n)) for n in counts)
             rows.append(f'<tr><td><b>{_text(label)}</b> <span class="soft">{name}</span></td>{cells}</tr>')
-    scores = " / ".join(sorted({curve.score for curve in curves.values()}))
+    scores = " / ".join(sorted({SCORE_TITLES[curve.score] for curve in curves.values()}))
     return f"""<h2>Best of n candidates: can the reward choose?</h2><div class="panel scroll"><table><thead><tr>
 <th>{_text(scores)} of the chosen one</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>"""
 
@@ -172,19 +182,20 @@ def _curve_cell(point: Estimate | None) -> str:
     return f'<td><b>{point.value:.3f}</b><span class="interval">{point.lo:.3f} &hellip; {point.hi:.3f}</span></td>'
 
 
-def _guide(choice: str, has_events: bool) -> str:
-    marks = """<span><i class="hit"></i>found</span>
+def _guide(choice: str, signs: Mapping[str, str]) -> str:
+    kinds = "".join(f"<span>{sign} {_text(kind)}</span>" for kind, sign in signs.items())
+    marks = f"""{kinds}<span><i class="hit"></i>found</span>
 <span><i class="right-time"></i>found at the right time as something else</span>
 <span><i class="missed"></i>missed</span><span><i class="false"></i>heard, but not there</span>
 <span>upper lane: true events, lower lane: what the independent detector heard</span>"""
     return f"""<div class="panel"><p>{_text(choice)} Click a spectrogram to listen from there.
 Keys: <kbd>1</kbd> &hellip; <kbd>9</kbd> play a sound of the clip in view, <kbd>n</kbd> <kbd>p</kbd> next and previous
 clip.</p>
-<div class="legend">{marks if has_events else ""}</div></div>"""
+<div class="legend">{marks if signs else ""}</div></div>"""
 
 
-def _clip(index: int, clip: PageClip, has_events: bool) -> str:
-    cards = "".join(_card(i, sound, clip.duration_s, has_events) for i, sound in enumerate(clip.sounds))
+def _clip(index: int, clip: PageClip, signs: Mapping[str, str]) -> str:
+    cards = "".join(_card(i, sound, clip.duration_s, signs) for i, sound in enumerate(clip.sounds))
     caption = f'<span class="soft">&ldquo;{_text(clip.caption)}&rdquo;</span>' if clip.caption else ""
     return f"""<section class="clip panel" id="clip-{index}">
 <div class="clip-head"><h3>{_text(clip.clip_id)}</h3>{caption}
@@ -192,13 +203,15 @@ def _clip(index: int, clip: PageClip, has_events: bool) -> str:
 """
 
 
-def _card(index: int, sound: PageSound, duration_s: float, has_events: bool) -> str:
+def _card(index: int, sound: PageSound, duration_s: float, signs: Mapping[str, str]) -> str:
     onsets = "".join(
         f'<span class="onset" style="left:{_percent(mark.time_s, duration_s)}"></span>' for mark in sound.true_marks
     )
     true_lane = heard_lane = ""
-    if has_events:
-        true_lane = f'<div class="lane">{"".join(_true_mark(m, duration_s) for m in sound.true_marks)}</div>'
+    if signs:
+        true_lane = (
+            f'<div class="lane">{"".join(_true_mark(m, duration_s, signs[m.kind]) for m in sound.true_marks)}</div>'
+        )
         heard_lane = f'<div class="lane">{"".join(_heard_mark(m, duration_s) for m in sound.heard_marks)}</div>'
     return f"""<div class="card{" truth" if sound.is_truth else ""}" data-duration="{duration_s:.6f}">
 <div class="card-head"><b>{_text(sound.label)}</b><kbd>{index + 1}</kbd></div>
@@ -213,11 +226,10 @@ def _percent(time_s: float, duration_s: float) -> str:
     return f"{100 * min(max(time_s / duration_s, 0.0), 1.0):.2f}%"
 
 
-def _true_mark(mark: Mark, duration_s: float) -> str:
+def _true_mark(mark: Mark, duration_s: float, sign: str) -> str:
     left, width = _percent(mark.time_s, duration_s), _percent(mark.duration_s, duration_s)
     return (
-        f'<span class="mark {mark.verdict}" title="{_mark_title(mark)}" style="left:{left};width:{width}">'
-        f"{_text(mark.kind[:1])}</span>"
+        f'<span class="mark {mark.verdict}" title="{_mark_title(mark)}" style="left:{left};width:{width}">{sign}</span>'
     )
 
 

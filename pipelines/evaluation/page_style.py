@@ -40,7 +40,7 @@ nav a.here { background: var(--accent); color: #fff; }
 button { font: inherit; font-size: 13px; color: var(--accent); background: var(--paper); border: 1px solid var(--line);
   border-radius: 8px; padding: 3px 12px; cursor: pointer; }
 button:hover { border-color: var(--accent); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(262px, 1fr)); gap: 14px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(225px, 1fr)); gap: 14px; }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: 10px; background: var(--paper); min-width: 0; }
 .card.playing { border-color: var(--accent); box-shadow: 0 0 0 2px #1f5fbf33; }
 .card.truth { background: #f4faf7; }
@@ -48,7 +48,7 @@ button:hover { border-color: var(--accent); }
 .card-head b { overflow-wrap: anywhere; }
 kbd { font: 11px ui-monospace, monospace; color: var(--soft); border: 1px solid var(--line); border-radius: 4px;
   padding: 0 5px; }
-video { width: 100%; max-height: 300px; display: block; border-radius: 6px; background: #000; }
+video { width: 100%; max-height: 260px; display: block; border-radius: 6px; background: #000; }
 .broken { color: #b93420; font-size: 12px; }
 .timeline { position: relative; margin-top: 8px; cursor: crosshair; }
 .timeline img { width: 100%; height: 96px; display: block; background: #000004; }

@@ -29,7 +29,7 @@ def reward_histogram(scores: Mapping[str, ClipScores]) -> str:
             axes.stairs(share, edges, color=colour, linewidth=1.6, label=_plain(label), fill=False)
             if len(values):
                 axes.axvline(float(values.mean()), color=colour, linewidth=0.9, linestyle=":")
-        axes.legend(frameon=False)
+        _legend(figure)
     return _svg(figure, "Reward by subject; dotted: the mean")
 
 
@@ -43,7 +43,7 @@ def reward_against_score(scores: Mapping[str, ClipScores]) -> str:
         if known.any():
             axes.scatter(reward[known], score[known], s=9, alpha=0.55, color=colour, linewidths=0, label=_plain(label))
     if axes.collections:
-        axes.legend(frameon=False)
+        _legend(figure)
     return _svg(figure, "Each dot is one clip of one subject")
 
 
@@ -54,6 +54,10 @@ def _colours(count: int) -> list[str]:
 def _plain(label: str) -> str:
     """A label that matplotlib neither reads as mathematics nor hides (a leading underscore)."""
     return "\u200b" + label.replace("$", r"\$")
+
+
+def _legend(figure: Figure) -> None:
+    figure.legend(frameon=False, loc="outside lower center", ncols=4)
 
 
 def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:

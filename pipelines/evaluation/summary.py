@@ -25,6 +25,8 @@ from pipelines.evaluation.metrics import frechet_distance
 from pipelines.evaluation.ranking_quality import within_clip_correlation
 from pipelines.evaluation.scores import ClipScores, check_same_clips
 
+FRECHET_CLIPS = 2000
+"""Below about this many clips a Fréchet distance is dominated by its small-sample bias; the tables then say so."""
 FRECHET_RESAMPLES = 200
 """Upper bound of resamples for the Fréchet distance, whose every value needs an eigendecomposition."""
 
@@ -39,6 +41,8 @@ class Metric:
     meaning: str
     of: Callable[[ClipScores, np.ndarray], np.ndarray]
     """(scores, weights [R, clips]) -> value under each row of weights [R]; NaN where it is not defined."""
+    column: str | None = None
+    """The per-clip column it is the mean of; None for a metric of all clips together."""
     max_resamples: int = 10_000
 
 
@@ -56,12 +60,23 @@ class Summary:
     differences: dict[str, dict[str, Estimate]]
     """label -> metric -> subject minus baseline, paired by clip; the baseline itself is absent."""
 
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What a reader of the table must know, in whole sentences."""
+        if self.num_clips >= FRECHET_CLIPS or all(m.name != "frechet" for m in self.metrics):
+            return ()
+        return (
+            f"The Fréchet distance is over {self.num_clips} clips only (below about {FRECHET_CLIPS} its own bias is "
+            "large): compare it between subjects of this table, not with other tables.",
+        )
+
     def to_json(self) -> dict[str, object]:
         """Plain dictionaries, for `summary.json`."""
         return {
             "num_clips": self.num_clips,
             "baseline": self.baseline,
             "confidence": CONFIDENCE,
+            "cautions": list(self.cautions),
             "metrics": {m.name: {"title": m.title, "better": m.better, "meaning": m.meaning} for m in self.metrics},
             "subjects": {
                 label: {
@@ -111,6 +126,7 @@ METRICS: tuple[Metric, ...] = (
         better="up",
         meaning="SF-CAVP's calibrated reward, in z-units of real pairs; the quantity RPO trains for",
         of=_mean_of("reward"),
+        column="reward",
     ),
     Metric(
         name="reward_semantic",
@@ -118,6 +134,7 @@ METRICS: tuple[Metric, ...] = (
         better="up",
         meaning="its slow part: does this sound belong to this picture",
         of=_mean_of("reward_semantic"),
+        column="reward_semantic",
     ),
     Metric(
         name="reward_temporal",
@@ -125,6 +142,7 @@ METRICS: tuple[Metric, ...] = (
         better="up",
         meaning="its fast part: at this moment rather than shifted",
         of=_mean_of("reward_temporal"),
+        column="reward_temporal",
     ),
     Metric(
         name="f1",
@@ -141,11 +159,12 @@ METRICS: tuple[Metric, ...] = (
         of=_f1_of("num_class_matched"),
     ),
     Metric(
-        name="mel_distance",
+        name="log_mel_distance",
         title="log-mel dist.",
         better="down",
         meaning="mean absolute log-mel difference from the real sound",
         of=_mean_of("mel_distance"),
+        column="mel_distance",
     ),
     Metric(
         name="frechet",
@@ -161,6 +180,7 @@ METRICS: tuple[Metric, ...] = (
         better="up",
         meaning="mean log-mel distance between the candidates of one clip",
         of=_mean_of("diversity"),
+        column="diversity",
     ),
     Metric(
         name="within_clip_rho",
@@ -221,8 +241,8 @@ def _paired(
     weights: np.ndarray,
 ) -> np.ndarray:
     """Subject minus baseline under each row; clips on which either lacks the column count for neither."""
-    if metric.name in subject.values:
-        known = np.isfinite(subject.values[metric.name]) & np.isfinite(base.values[metric.name])
+    if metric.column is not None:
+        known = np.isfinite(subject.values[metric.column]) & np.isfinite(base.values[metric.column])
         if not known.all():
             weights = weights * known
             return metric.of(subject, weights) - metric.of(base, weights)

@@ -25,6 +25,7 @@ def plain_text(summary: Summary) -> str:
             for label, values in summary.differences.items()
         ]
         lines += align([["subject", *header[2:]], *difference_rows])
+    lines += ["", *summary.cautions] if summary.cautions else []
     return "\n".join(lines) + "\n"
 
 

@@ -35,15 +35,27 @@ class RowGroups:
             if data.split in (None, part.split)
             for index in range(len(part.row_groups))
         ]
-        if not self._groups:
-            raise InputError(f"{data.location} has no rows of split '{data.split}'; it has {self._dataset.splits}")
+        self._kept = self._rows_to_keep(data.keep_column)
+        if sum(self.sizes) == 0:
+            raise InputError(
+                f"{data.location} has no row to use (split {data.split}, {data.keep_column or 'all rows'}); "
+                f"it has {self._dataset.splits}"
+            )
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._cached_bytes = 0
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Rows of each group, in the manifest's order."""
+        """Rows of each group that are used, in the manifest's order."""
+        if self._kept is not None:
+            return tuple(len(rows) for rows in self._kept)
         return tuple(part.row_groups[index] for part, index in self._groups)
+
+    def _rows_to_keep(self, column: str | None) -> list[np.ndarray] | None:
+        if column is None:
+            return None
+        tables = (self._dataset.read_row_group(part, index, [column]) for part, index in self._groups)
+        return [np.flatnonzero(table[column].to_numpy()) for table in tables]
 
     def take(self, places: np.ndarray) -> pa.Table:
         """Return the rows at `places`, int64 [n, 2] of (group, row), in that order."""
@@ -63,6 +75,8 @@ class RowGroups:
             return self._cache[group]
         part, index = self._groups[group]
         table = self._dataset.read_row_group(part, index, self._columns)
+        if self._kept is not None:
+            table = table.take(pa.array(self._kept[group]))
         self._cache[group] = table
         self._cached_bytes += table.nbytes
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
@@ -101,9 +115,7 @@ class BatchSource:
                 yield self.collate(self.groups.take(places), draws)
 
 
-def validation_batches(
-    groups: RowGroups, plan: BatchPlan, rank: int, seed: int, collate: Collate
-) -> Iterator[Batch]:
+def validation_batches(groups: RowGroups, plan: BatchPlan, rank: int, seed: int, collate: Collate) -> Iterator[Batch]:
     """Yield this rank's micro batches of all rows in the manifest's order, always with the same draws.
 
     A global micro batch is `micro_size` x world rows; the tail that does not fill one is left out, so that every rank

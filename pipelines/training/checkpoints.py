@@ -52,9 +52,7 @@ def folder_name(root: Path, step: int) -> str:
 
 def digest_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """Return {name: {size_bytes, sha256}} of files inside `folder`."""
-    return {
-        name: {"size_bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names
-    }
+    return {name: {"size_bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
 
 
 def list_files(folder: Path) -> list[str]:

@@ -86,9 +86,9 @@ class Engine:
         A loss that is not finite poisons the gradients on purpose: then the one check, the gradient norm after the
         reduction, sees it on every rank and all skip the same step.
         """
-        if not math.isfinite(float(loss.detach())):
-            loss = loss * math.nan
-        self._engine.backward(loss)
+        # A factor and not a branch: no wait for the device.
+        factor = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+        self._engine.backward(loss * factor)
         if not last:
             self._engine.step()
             return None

@@ -56,6 +56,8 @@ class DataRef:
     """Name of the contract in `pipelines.data.contracts.CONTRACTS`."""
     split: str | None
     """None: all rows (a dataset of pairs has no splits)."""
+    keep_column: str | None = None
+    """A boolean column; rows where it is false are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +99,12 @@ class TrainingOptions:
 
     def learning_rates(self) -> Schedule:
         """Return the schedule."""
-        return Schedule(
-            peak=self.lr, total_steps=self.steps, warmup_steps=self.warmup_steps, name=self.schedule
-        )
+        return Schedule(peak=self.lr, total_steps=self.steps, warmup_steps=self.warmup_steps, name=self.schedule)
 
     def affecting_bytes(self) -> dict[str, object]:
         """Return the options that belong into a stage's fingerprint."""
         return {
-            name: value
-            for name, value in sorted(vars(self).items())
-            if name not in ("checkpoint_every", "keep_last")
+            name: value for name, value in sorted(vars(self).items()) if name not in ("checkpoint_every", "keep_last")
         }
 
 

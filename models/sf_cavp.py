@@ -1,0 +1,206 @@
+"""SF-CAVP: two SlowFast encoders, for picture and for sound, whose outputs live on one clock.
+
+Slow vectors come at 4 Hz and say *what* happens, fast vectors at 16 Hz and say *when*: step i of either modality is the
+time i / rate. Picture: 16 frames a second, time is never strided. Sound: 16 kHz, a mel column every 250 samples (64 Hz),
+time strided by 4. Everything is convolutional in time, so that a model trained on short crops scores longer clips.
+
+Vectors are returned un-normalised; `clip_vector` and `similarity` define how they are compared. The two modalities share
+no weights and never meet inside a trunk: one clip's picture is encoded once and any number of sounds is scored against it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from models.mel import RewardMel
+from models.slowfast import SlowFast, TrunkConfig, base_trunk, tiny_trunk
+
+VIDEO_RATE_HZ = 16
+SAMPLE_RATE_HZ = 16_000
+MEL_HOP = 250
+MEL_STRIDE = 4
+"""Mel columns for one fast step of the audio trunk."""
+SAMPLES_PER_STEP = SAMPLE_RATE_HZ // VIDEO_RATE_HZ
+PIXEL_MEAN, PIXEL_STD = 0.45, 0.225
+INITIAL_SCALE, MAX_SCALE = 1 / 0.07, 100.0
+"""Temperature of the contrastive losses: as in CLIP and Diff-Foley's CAVP."""
+
+
+class Streams(NamedTuple):
+    """Un-normalised vectors of a batch: slow [B, Ts, Ds] at 4 Hz, fast [B, Tf, Df] at 16 Hz."""
+
+    slow: Tensor
+    fast: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFCAVPConfig:
+    """One size of SF-CAVP."""
+
+    video: TrunkConfig
+    audio: TrunkConfig
+    frame_px: int
+    """Side of the pictures that the trunk sees; larger frames are average-pooled to it."""
+    num_mels: int
+    slow_hidden: int
+    slow_dim: int
+    fast_hidden: int
+    fast_dim: int
+
+
+SF_CAVP_SIZES: dict[str, SFCAVPConfig] = {
+    "tiny": SFCAVPConfig(
+        video=tiny_trunk("video"),
+        audio=tiny_trunk("audio"),
+        frame_px=32,
+        num_mels=64,
+        slow_hidden=128,
+        slow_dim=128,
+        fast_hidden=64,
+        fast_dim=64,
+    ),
+    "base": SFCAVPConfig(
+        video=base_trunk("video"),
+        audio=base_trunk("audio"),
+        frame_px=112,
+        num_mels=128,
+        slow_hidden=512,
+        slow_dim=512,
+        fast_hidden=256,
+        fast_dim=256,
+    ),
+}
+"""The sizes by name. `base` is paper scale; `tiny` trains in minutes on two CPU cores (345,362 parameters)."""
+
+
+class Encoder(nn.Module):
+    """A trunk and its two heads. The fast head sees mean, maximum and deviation over space: a small flash must not drown."""
+
+    def __init__(self, trunk: TrunkConfig, config: SFCAVPConfig) -> None:
+        super().__init__()
+        self.trunk = SlowFast(trunk)
+        self.slow_head = nn.Sequential(
+            nn.Linear(trunk.slow_out, config.slow_hidden),
+            nn.GELU(),
+            nn.Linear(config.slow_hidden, config.slow_dim),
+        )
+        # Without biases: a constant part of every fast vector would only raise all offsets' similarities alike.
+        self.fast_head = nn.Sequential(
+            nn.Linear(3 * trunk.fast_out, config.fast_hidden, bias=False),
+            nn.GELU(),
+            nn.Linear(config.fast_hidden, config.fast_dim, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Streams:
+        """[B, C, T, space...] -> Streams."""
+        slow, fast = self.trunk(x)
+        pooled_slow = reduce(slow, "b c t ... -> b t c", "mean")
+        fast = rearrange(fast, "b c t ... -> b t c (...)")
+        deviation = torch.sqrt(fast.var(dim=-1, unbiased=False) + 1e-5)
+        pooled_fast = torch.cat([fast.mean(dim=-1), fast.amax(dim=-1), deviation], dim=-1)
+        return Streams(self.slow_head(pooled_slow), self.fast_head(pooled_fast))
+
+
+class SFCAVP(nn.Module):
+    """Both encoders and the learned scales of the losses.
+
+    `mel_mean` and `mel_std` [num_mels] are buffers, fitted on training sound before the first step (`fit_mel`).
+    """
+
+    mel_mean: Tensor
+    mel_std: Tensor
+
+    def __init__(self, config: SFCAVPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.video = Encoder(config.video, config)
+        self.audio = Encoder(config.audio, config)
+        self.mel = RewardMel(config.num_mels)
+        self.register_buffer("mel_mean", torch.zeros(config.num_mels))
+        self.register_buffer("mel_std", torch.ones(config.num_mels))
+        self.log_scale_slow = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
+        self.log_scale_fast = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Return the learned scales (slow, fast), at most 100."""
+        return self.log_scale_slow.exp().clamp(max=MAX_SCALE), self.log_scale_fast.exp().clamp(max=MAX_SCALE)
+
+    def pool_frames(self, frames: Tensor) -> Tensor:
+        """Average-pool frames [B, T, 3, H, W] in [0, 1] to the trunk's square size; no enlarging."""
+        assert frames.ndim == 5 and frames.shape[2] == 3, tuple(frames.shape)
+        side = self.config.frame_px
+        assert min(frames.shape[-2:]) >= side, f"frames {tuple(frames.shape[-2:])} are smaller than {side} px"
+        if frames.shape[-2:] == (side, side):
+            return frames
+        pooled = F.adaptive_avg_pool2d(rearrange(frames, "b t c h w -> (b t) c h w"), side)
+        return rearrange(pooled, "(b t) c h w -> b t c h w", b=frames.shape[0])
+
+    def encode_video(self, frames: Tensor) -> Streams:
+        """Encode frames [B, T, 3, H, W] in [0, 1] at 16 fps -> slow [B, ceil(T/4), Ds], fast [B, T, Df]."""
+        x = (self.pool_frames(frames) - PIXEL_MEAN) / PIXEL_STD
+        return self.video(rearrange(x, "b t c h w -> b c t h w"))
+
+    def log_mel(self, waves: Tensor) -> Tensor:
+        """Log-mel of waves [B, S] at 16 kHz: [B, num_mels, S // 250] (the last centred column is dropped)."""
+        return self.mel(waves)[..., : waves.shape[-1] // MEL_HOP]
+
+    def encode_mel(self, log_mel: Tensor) -> Streams:
+        """Encode log-mel [B, num_mels, T] at 64 Hz -> slow [B, ceil(T/16), Ds], fast [B, ceil(T/4), Df]."""
+        normalised = (log_mel - self.mel_mean[:, None]) / self.mel_std[:, None]
+        return self.audio(rearrange(normalised, "b f t -> b 1 t f"))
+
+    def encode_audio(self, waves: Tensor) -> Streams:
+        """Encode waves [B, S] at 16 kHz -> Streams."""
+        return self.encode_mel(self.log_mel(waves))
+
+    @torch.no_grad()
+    def fit_mel(self, waves: Tensor) -> None:
+        """Set the per-bin mean and deviation from sounds [B, S], prepared as the losses and the reward prepare them."""
+        log_mel = self.log_mel(waves).double()
+        self.mel_mean.copy_(log_mel.mean(dim=(0, 2)))
+        self.mel_std.copy_(log_mel.std(dim=(0, 2)).clamp(min=1e-2))
+
+
+def clip_vector(slow: Tensor) -> Tensor:
+    """Unit vector of a clip: normalise(mean + max over time), [..., T, D] -> [..., D].
+
+    The maximum keeps a brief event visible in a clip of many, the mean keeps the bed.
+    """
+    return F.normalize(slow.mean(dim=-2) + slow.amax(dim=-2), dim=-1)
+
+
+def offset_similarity(video_fast: Tensor, audio_fast: Tensor, offsets: Tensor) -> Tensor:
+    """S(d) = mean over valid t of <v_t, a_(t+d)> with unit vectors: [B, T, D] x [B, U, D] -> [B, len(offsets)].
+
+    `offsets` are fast steps (62.5 ms), positive where the sound is late; each must leave at least one valid t.
+    """
+    products = torch.einsum("btd,bud->btu", F.normalize(video_fast, dim=-1), F.normalize(audio_fast, dim=-1))
+    diagonals = [
+        torch.diagonal(products, offset=int(offset), dim1=1, dim2=2).mean(dim=-1) for offset in offsets.tolist()
+    ]
+    return torch.stack(diagonals, dim=1)
+
+
+def normalise_loudness(waves: Tensor) -> Tensor:
+    """Bring each sound [..., S] to an RMS of -20 dBFS, so that nothing downstream can see its gain; silence stays."""
+    rms = waves.double().square().mean(dim=-1, keepdim=True).sqrt()
+    gain = torch.where(rms > 1e-9, 0.1 / rms.clamp(min=1e-9), torch.ones_like(rms))
+    return (waves.double() * gain).to(waves.dtype)
+
+
+def parameter_groups(model: SFCAVP, *, lr: float, weight_decay: float) -> list[dict[str, object]]:
+    """Optimiser groups: weight decay on matrices and kernels, none on norms, biases and the learned scales."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    return [
+        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
+        {"params": rest, "lr": lr, "weight_decay": 0.0},
+    ]
+
+
+SizeName = Literal["tiny", "base"]

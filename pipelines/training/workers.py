@@ -1,0 +1,258 @@
+"""Ray Train worker groups that do one training after another. The only import of ray.train.
+
+Starting a group (controller, workers, torch, DeepSpeed) costs half a minute on two cores, so a launch of many
+trainings starts it once: one `TorchTrainer.fit` in a thread, whose loop takes training orders from a small actor, the
+order book. A worker that dies takes its group with it; Ray Train starts the group again, the new
+workers ask the book for the first unfinished order, and that one resumes from its newest complete checkpoint.
+"""
+
+import logging
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+
+from pipelines.cluster import cluster_cpus, cluster_gpus
+from pipelines.errors import EnvironmentFailed, InputError, PipelineError
+from pipelines.training.loop import Report, TrainingOrder, TrainingResult, train
+from pipelines.training.world import World
+
+DEFAULT_MAX_FAILURES = 3
+IDLE_CPUS = 0.25
+"""CPUs a warm worker reserves on a machine without GPUs: while other stages run it is idle, so it must not keep
+their actors from starting."""
+POLL_S = 0.2
+START_WARNING_S = 120.0
+RETRIED = (RuntimeError, OSError)
+"""What the death of a peer, a lost node or storage looks like from inside a worker; anything else is a defect."""
+
+
+@dataclass
+class _Entry:
+    order: TrainingOrder
+    attempts: int = 0
+    result: TrainingResult | None = None
+    error: str | None = None
+    exit_code: int = 1
+    progress: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+    @property
+    def is_open(self) -> bool:
+        return self.result is None and self.error is None
+
+
+class OrderBook:
+    """The actor that hands out orders and takes results; both sides poll it, so it never blocks."""
+
+    def __init__(self, max_failures: int) -> None:
+        self._entries: list[_Entry] = []
+        self._max_failures = max_failures
+        self._closed = False
+
+    def place(self, order: TrainingOrder) -> int:
+        """Add an order; returns its number."""
+        self._entries.append(_Entry(order))
+        return len(self._entries) - 1
+
+    def close(self) -> None:
+        """Let the workers go home."""
+        self._closed = True
+
+    def next(self, after: int) -> tuple[str, int, TrainingOrder | None]:
+        """Return ("work", number, order) of the first open order above `after`, or "wait", or "stop"."""
+        if self._closed:
+            return "stop", -1, None
+        for number in range(after + 1, len(self._entries)):
+            if self._entries[number].is_open:
+                return "work", number, self._entries[number].order
+        return "wait", -1, None
+
+    def begin(self, number: int) -> bool:
+        """Count an attempt; False, and the order fails, when there were too many."""
+        entry = self._entries[number]
+        entry.attempts += 1
+        if entry.attempts > self._max_failures + 1 and entry.is_open:
+            entry.error = (
+                f"{entry.order.out}: the workers died {self._max_failures + 1} times in this training; "
+                "see their logs, then run the same command again"
+            )
+            entry.exit_code = EnvironmentFailed.exit_code
+        return entry.is_open
+
+    def report(self, number: int, step: int, metrics: dict[str, float]) -> None:
+        """Take the metrics of a step from rank 0."""
+        self._entries[number].progress.append((step, metrics))
+
+    def finish(self, number: int, result: TrainingResult) -> None:
+        """Take a result from rank 0."""
+        self._entries[number].result = result
+
+    def fail(self, number: int, error: str, exit_code: int) -> None:
+        """Take an error that a further attempt would meet again."""
+        entry = self._entries[number]
+        if entry.is_open:
+            entry.error, entry.exit_code = error, exit_code
+
+    def state(self, number: int) -> tuple[TrainingResult | None, str | None, int, list[tuple[int, dict[str, float]]]]:
+        """Return (result, error, exit code, steps reported since the last call)."""
+        entry = self._entries[number]
+        news, entry.progress = entry.progress, []
+        return entry.result, entry.error, entry.exit_code, news
+
+
+class WorkerGroup:
+    """The driver's handle of a running group."""
+
+    def __init__(self, book: Any, thread: threading.Thread, failure: list[BaseException], num_workers: int) -> None:
+        self._book, self._thread, self._failure = book, thread, failure
+        self.num_workers = num_workers
+
+    def run(self, order: TrainingOrder, report: Report) -> TrainingResult:
+        """Have one training done; `report` is told of every finished step.
+
+        Raises:
+            PipelineError: what the training itself raised, with its exit code.
+            EnvironmentFailed: the group cannot be kept alive.
+        """
+        number = ray.get(self._book.place.remote(order))
+        placed = time.monotonic()
+        warned = False
+        while True:
+            result, error, exit_code, news = ray.get(self._book.state.remote(number))
+            for step, metrics in news:
+                report(step, metrics)
+            if error is not None:
+                raise _rebuild(error, exit_code)
+            if result is not None:
+                return result
+            if not self._thread.is_alive():
+                reason = self._failure[0] if self._failure else "it returned early"
+                raise EnvironmentFailed(f"{order.out}: the training workers are gone: {_first_line(reason)}")
+            if news:
+                warned = True
+            elif not warned and time.monotonic() - placed > START_WARNING_S:
+                warned = True
+                logging.getLogger(__name__).warning("still waiting for %d training workers", self.num_workers)
+            time.sleep(POLL_S)
+
+
+@contextmanager
+def warm_workers(
+    num_workers: int, *, use_gpu: bool | None = None, max_failures: int = DEFAULT_MAX_FAILURES
+) -> Iterator[WorkerGroup]:
+    """Keep a group of training workers inside the block; they start at once, in the background.
+
+    Args:
+        num_workers: processes; one GPU each where the cluster has that many, otherwise a quarter of a CPU each, so
+            that other stages can run while the group is idle.
+        use_gpu: None: decide by what the cluster has.
+        max_failures: how often one training may lose its workers.
+
+    Raises:
+        InputError: the cluster can never hold the group.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    gpu = cluster_gpus() >= num_workers if use_gpu is None else use_gpu
+    if (gpu and cluster_gpus() < num_workers) or cluster_cpus() < num_workers * IDLE_CPUS:
+        raise InputError(
+            f"--num-workers {num_workers}: the cluster has {cluster_cpus():g} CPUs and {cluster_gpus():g} GPUs"
+        )
+    book = ray.remote(OrderBook).options(num_cpus=0).remote(max_failures)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"book": book, "gpu": gpu},
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": 1, "GPU": 1} if gpu else {"CPU": IDLE_CPUS},
+        ),
+        run_config=RunConfig(
+            name=f"workers-{uuid.uuid4().hex[:12]}",
+            storage_path=tempfile.gettempdir(),
+            failure_config=FailureConfig(max_failures=-1),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True, name="training-workers")
+    thread.start()
+    try:
+        yield WorkerGroup(book, thread, failure, num_workers)
+    finally:
+        ray.get(book.close.remote())
+        thread.join(timeout=60)
+        ray.kill(book)
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What every worker process runs: take orders until the book is closed."""
+    import ray.train
+
+    book = config["book"]
+    context = ray.train.get_context()
+    if config["gpu"]:
+        from ray.train.torch import get_device
+
+        device = get_device()
+        assert isinstance(device, torch.device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(1)
+    world = World(context.get_world_rank(), context.get_world_size(), device)
+    number = -1
+    while True:
+        what, found, order = ray.get(book.next.remote(number))
+        if what == "stop":
+            return
+        if order is None:
+            time.sleep(POLL_S)
+            continue
+        number = found
+        _do(book, number, order, world)
+
+
+def _do(book: Any, number: int, order: TrainingOrder, world: World) -> None:
+    may_start = world.share(ray.get(book.begin.remote(number)) if world.is_main else None)
+    if not may_start:
+        return
+    try:
+        result = train(order, world, lambda step, metrics: book.report.remote(number, step, metrics))
+    except PipelineError as error:
+        ray.get(book.fail.remote(number, str(error), error.exit_code))
+        raise
+    except Exception as error:
+        if not isinstance(error, RETRIED):
+            text = f"{order.out}: {type(error).__name__} in a training worker: {_first_line(error)}"
+            ray.get(book.fail.remote(number, text, 1))
+        raise
+    if result is not None:
+        ray.get(book.finish.remote(number, result))
+
+
+def _rebuild(message: str, exit_code: int) -> PipelineError:
+    """Turn the error of a worker into the class with that exit code, since classes do not cross the book."""
+    kinds: dict[int, Callable[[str], PipelineError]] = {
+        kind.exit_code: kind for kind in (InputError, EnvironmentFailed)
+    }
+    return kinds.get(exit_code, PipelineError)(message)
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().split("\n")[0]
