@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,12 @@ from pipelines.evaluation.ranking_quality import first_candidate_score
 from pipelines.evaluation.scores import ClipScores
 
 COLOURS = ("#1f5fbf", "#e0813a", "#17a673", "#8d63c9", "#c2417a", "#5b6675", "#b8a11f", "#3aa6b9")
-DRAWING = {"svg.hashsalt": "listening-page", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
+DRAWING: dict[Any, Any] = {
+    "svg.hashsalt": "listening-page",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+}
 """A fixed salt and no date make the same scores give the same bytes."""
 
 

@@ -7,7 +7,6 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipelines.errors import ContractError, InputError
 
@@ -31,10 +30,10 @@ class ClipScores:
         """Read a scores table; raises `ContractError` where clips have unequal numbers of candidates."""
         table = table.sort_by("clip_id")
         clip_ids = tuple(table["clip_id"].to_pylist())
-        reward = table["reward"].combine_chunks()
+        reward = _fields(table["reward"].combine_chunks())
         scalars = {f.name: _floats(table[f.name]) for f in table.schema if _is_number(f.type)}
         for name, part in (("reward", "total"), ("reward_semantic", "semantic"), ("reward_temporal", "temporal")):
-            scalars[name] = _floats(pa.chunked_array([pc.struct_field(reward, part)]))
+            scalars[name] = _floats(reward[part])
         counts = set(table["candidates"].combine_chunks().value_lengths().to_pylist())
         if len(counts) > 1:
             raise ContractError(
@@ -87,14 +86,15 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    return column.cast(pa.float64()).fill_null(math.nan).to_numpy()
+def _floats(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    return column.cast(pa.float64()).fill_null(math.nan).to_numpy(zero_copy_only=False)
+
+
+def _fields(structs: pa.StructArray) -> dict[str, pa.Array]:
+    """The fields of an array of structs; a field of a null struct is null (`flatten`, unlike `field`, sees to it)."""
+    return dict(zip([field.name for field in structs.type], structs.flatten(), strict=True))
 
 
 def _candidate_fields(column: pa.ChunkedArray, num_clips: int) -> dict[str, np.ndarray]:
-    entries = column.combine_chunks()
-    flat = entries.flatten()
-    return {
-        field.name: _floats(pa.chunked_array([pc.struct_field(flat, field.name)])).reshape(num_clips, -1)
-        for field in entries.type.value_type
-    }
+    fields = _fields(column.combine_chunks().flatten())
+    return {name: _floats(values).reshape(num_clips, -1) for name, values in fields.items()}

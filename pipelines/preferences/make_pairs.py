@@ -93,21 +93,158 @@ def plan_units(features: Dataset, split: str, settings: PairSettings) -> list[Un
 
     With `max_clips` a seeded sample is taken, another one each round.
     """
-    found = [(part, group) for part in features.parts if part.split == split for group in range(len(part.row_groups))]
-    places = [
-        (clip_id, part.path, group)
-        for part, group in found
-        for clip_id in features.read_row_group(part, group, ["clip_id"])["clip_id"].to_pylist()
+    groups = [
+        (part.path, index, features.read_row_group(part, index, ["clip_id"])["clip_id"].to_pylist())
+        for part in features.parts
+        if part.split == split
+        for index in range(len(part.row_groups))
     ]
-    if settings.max_clips is not None and settings.max_clips < len(places):
-        by_lot = sorted(places, key=lambda p: stable_seed(settings.seed, "clips", settings.round_index, p[0]))
-        chosen = {clip_id for clip_id, _, _ in by_lot[: settings.max_clips]}
-        places = [place for place in places if place[0] in chosen]
+    chosen = _sample_clips([clip_id for _, _, members in groups for clip_id in members], settings)
     units = []
-    for part, group in found:
-        clip_ids = sorted(c for c, path, index in places if (path, index) == (part.path, group))
+    for path, index, group in groups:
+        clip_ids = sorted(chosen.intersection(group))
         for start in range(0, len(clip_ids), ROWS_PER_UNIT):
             members = clip_ids[start : start + ROWS_PER_UNIT]
-            rows = tuple({"clip_id": clip_id, "part": part.path, "row_group": group} for clip_id in members)
+            rows = tuple({"clip_id": clip_id, "part": path, "row_group": index} for clip_id in members)
             units.append(Unit(unit_id=unit_id(split, len(units), members), split=split, rows=rows))
     return units
+
+
+def _sample_clips(clip_ids: Sequence[str], settings: PairSettings) -> set[str]:
+    if settings.max_clips is None:
+        return set(clip_ids)
+    lots = {clip_id: stable_seed(settings.seed, "clips", settings.round_index, clip_id) for clip_id in clip_ids}
+    return set(sorted(clip_ids, key=lots.__getitem__)[: settings.max_clips])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """A clip's sounds, their scores, and the pair they make."""
+
+    choice: Choice
+    latents: dict[str, np.ndarray]
+    """By origin, float32 [N, C]."""
+    truth_score: RewardScore
+    candidate_scores: list[RewardScore]
+    """Of the policy's candidates; empty for a distorted ground truth."""
+    seeds: list[int]
+
+
+class PairMaker:
+    """Makes the row of one clip after another, from a policy and a ranker that it holds."""
+
+    def __init__(self, policy: Policy, ranker: Ranker, spec: ClipSpec, settings: PairSettings) -> None:
+        self._policy = policy
+        self._ranker = ranker
+        self._spec = spec
+        self._settings = settings
+
+    def row(self, clip: dict[str, Any]) -> dict[str, Any]:
+        """A features row as `read_clips` gives it -> the pair's columns but its lineage.
+
+        Raises MediaError where the clip itself cannot be used.
+        """
+        judged = self._judge(clip)
+        choice = judged.choice
+        winner, loser = choice.winner, choice.loser
+        silence = np.zeros_like(clip["latent_mean"])
+        return {
+            "clip_id": clip["clip_id"],
+            "clip_features": clip["clip_features"],
+            "sync_features": clip["sync_features"],
+            "text_features": clip["text_features"],
+            "winner": silence if winner is None else judged.latents[winner.origin],
+            "loser": silence if loser is None else judged.latents[loser.origin],
+            "winner_origin": NO_SOUND if winner is None else winner.origin,
+            "loser_origin": NO_SOUND if loser is None else loser.origin,
+            "rewards": [reward_struct(score) for score in judged.candidate_scores],
+            "reward_ground_truth": reward_struct(judged.truth_score),
+            "seeds": judged.seeds,
+            "margin": choice.margin,
+            "kept": choice.kept,
+            "drop_reason": choice.drop_reason,
+        }
+
+    def _judge(self, clip: dict[str, Any]) -> _Judged:
+        settings, clip_id = self._settings, clip["clip_id"]
+        mode = settings.mode_of(clip_id)
+        truth = torch.from_numpy(clip["latent_mean"])
+        origins, sounds, seeds = self._opponents(clip, truth, mode)
+        video = self._ranker.look(decode_frames(clip["frames"]))
+        scores = self._ranker.score(video, sounds)
+        truth_scores = self._ranker.score(video, truth[None])
+        choice = choose(
+            mode,
+            as_contenders([GROUND_TRUTH], truth_scores, truth[None])[0],
+            as_contenders(origins, scores, sounds),
+            settings.margin,
+            settings.choice_rng(clip_id),
+        )
+        return _Judged(
+            choice=choice,
+            latents={GROUND_TRUTH: truth.numpy(), **dict(zip(origins, sounds.numpy(), strict=True))},
+            truth_score=truth_scores[0],
+            candidate_scores=scores if seeds else [],
+            seeds=seeds,
+        )
+
+    def _opponents(self, clip: dict[str, Any], truth: Tensor, mode: PairMode) -> tuple[list[str], Tensor, list[int]]:
+        """Origins, latents [n, N, C] and seeds of the sounds that stand against the ground truth or each other."""
+        settings, clip_id = self._settings, clip["clip_id"]
+        if mode == "gt_vs_distorted":
+            how, sound = distort(truth, self._spec.duration_s, settings.distortion_generator(clip_id))
+            return [f"distorted_{how}"], sound[None], []
+        seeds = candidate_seeds(settings.seed, clip_id, settings.round_index, settings.num_candidates)
+        conditions = ConditionRow(
+            clip_features=clip["clip_features"],
+            sync_features=clip["sync_features"],
+            text_features=clip["text_features"],
+        )
+        sounds = sample_candidates(self._policy, conditions, seeds, settings.sampling)
+        return [f"candidate_{index}" for index in range(len(seeds))], sounds, seeds
+
+
+def read_clips(features: Dataset, unit: Unit) -> Iterator[dict[str, Any]]:
+    """The unit's features rows in its order; tensors as numpy arrays, the rest as Python values."""
+    tables: dict[tuple[str, int], pa.Table] = {}
+    parts = {part.path: part for part in features.parts}
+    for row in unit.rows:
+        place = (row["part"], row["row_group"])
+        if place not in tables:
+            tables[place] = features.read_row_group(parts[row["part"]], row["row_group"], COLUMNS)
+        table = tables[place]
+        index = table["clip_id"].to_pylist().index(row["clip_id"])
+        one = table.slice(index, 1)
+        yield {
+            name: column_to_numpy(one[name])[0] if name in TENSORS else one[name][0].as_py() for name in COLUMNS
+        }
+
+
+class PairWorker:
+    """Pairs of a unit's clips, one clip a call; a clip that cannot be used becomes a reject."""
+
+    def __init__(self, maker: PairMaker, features: Dataset, lineage: dict[str, Any]) -> None:
+        """`lineage` holds the columns policy, reward_model and round."""
+        self._maker = maker
+        self._features = features
+        self._lineage = lineage
+
+    def process(self, unit: Unit) -> tuple[pa.Table, pa.Table]:
+        """Rows and rejects of the unit; see `pipelines.data.units.UnitWorker`."""
+        rows, rejects = [], []
+        for clip in read_clips(self._features, unit):
+            try:
+                rows.append({**self._maker.row(clip), **self._lineage})
+            except MediaError as error:
+                rejects.append(
+                    {
+                        "clip_id": clip["clip_id"],
+                        "stage": STAGE,
+                        "source": clip["source"],
+                        "reason": error.reason,
+                        "detail": error.detail,
+                        "attempts": 1,
+                    }
+                )
+        spec = self._features.spec
+        return table_from_rows(rows, PAIRS, spec), table_from_rows(rejects, REJECTS, spec)

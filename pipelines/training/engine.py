@@ -1,9 +1,9 @@
 """The training engine: DeepSpeed behind five verbs (forward, backward, step, save, load). The only DeepSpeed import.
 
-What had to be settled so that ZeRO 0, 1, 2, 3 and a plain torch loop give the same losses: the optimizer is
-torch's own AdamW handed in (DeepSpeed's config names have other defaults), and at stage 0 the clipping is ours,
-because there DeepSpeed neither reports a gradient norm nor skips a step whose norm is not finite. From stage 1 on DeepSpeed
-does both. bf16 is autocast over float32 weights, MMAudio's recipe, so no stage needs a second copy of the weights.
+What had to be settled so that ZeRO 0, 1, 2, 3 and a plain torch loop give the same losses: the optimizer is torch's
+own AdamW handed in (DeepSpeed's config names have other defaults), and at stage 0 the clipping is ours, because there
+DeepSpeed neither reports a gradient norm nor skips a step whose norm is not finite. From stage 1 on it does both.
+bf16 is autocast over float32 weights, MMAudio's recipe, so no stage needs a second copy of the weights.
 """
 
 import math
@@ -123,7 +123,7 @@ class Engine:
 
     @contextmanager
     def replaced_weights(self, copy_in: Callable[[list[nn.Parameter]], None]) -> Iterator[None]:
-        """Inside, the trainable parameters hold what `copy_in` wrote into them (an average, say); afterwards their own."""
+        """Inside, the trainable parameters hold what `copy_in` wrote into them; afterwards their own values again."""
         with self.whole_weights():
             own = [parameter.detach().clone() for parameter in self._trainable]
             copy_in(self._trainable)

@@ -1,7 +1,6 @@
 """How a training is started: alone in this process, in workers of its own, or in a warm group that is already there."""
 
-import tempfile
-from pathlib import Path
+import os
 
 import torch
 import torch.distributed as dist
@@ -27,14 +26,12 @@ def fit(order: TrainingOrder, *, num_workers: int, report: Report, group: Worker
 
 def _fit_here(order: TrainingOrder, report: Report) -> TrainingResult:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        started = not dist.is_initialized()
-        if started:
-            store = dist.FileStore(str(Path(folder) / "store"), 1)
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        result = train(order, World(0, 1, device), report)
-        # DeepSpeed keeps the default group for the life of the process, so it is not destroyed here.
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it.
+    if not dist.is_initialized():
+        # DeepSpeed keeps the default group for the life of the process, so it is never destroyed here.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    result = train(order, World(0, 1, device), report)
     if result is None:
         raise RuntimeError("the only rank returned no result")
     return result

@@ -6,17 +6,16 @@ the journal of an interrupted run equals that of an uninterrupted one.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.ema import WeightAverage, exponential_decay, gamma_of_width, power_decay
 from models.weights import load_weights, save_weights
@@ -203,7 +202,7 @@ class _Run:
         if outcome is None:
             raise RuntimeError("the last micro batch of a step did not step")
         averaged = self.world.mean(totals | {name: torch.tensor(value) for name, value in probed.items()})
-        return averaged, outcome
+        return self.engine.trainee.summarise(averaged), outcome
 
     def _count(self, step: int, outcome: StepOutcome) -> None:
         progress = self.progress
@@ -255,7 +254,7 @@ class _Run:
                 f"--batch-size {self.options.batch_size} leaves no whole validation batch in "
                 f"{sum(self.validation_groups.sizes)} rows: lower it, or raise --accumulation"
             )
-        means = self.world.mean({name: total / count for name, total in sums.items()})
+        means = self.engine.trainee.summarise(self.world.mean({name: s / count for name, s in sums.items()}))
         self.progress.last_validation = {f"val_{name}": value for name, value in means.items()}
         return self.progress.last_validation
 

@@ -24,8 +24,8 @@ Batch = dict[str, Tensor]
 Gather = Callable[[Tensor], Tensor]
 """[B, ...] on one rank -> [world * B, ...] on every rank, with gradient."""
 
-Stream = Literal["training", "validation", "initial"]
-_STREAMS: dict[Stream, int] = {"training": 0, "validation": 1, "initial": 2}
+Stream = Literal["training", "validation", "posterior"]
+_STREAMS: dict[Stream, int] = {"training": 0, "validation": 1, "posterior": 2}
 
 
 def sample_generator(seed: int, stream: Stream, position: int) -> torch.Generator:
@@ -125,6 +125,10 @@ class Trainee(nn.Module, ABC):
         """Return AdamW's groups; here all trainable parameters with the same decay."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return [{"params": trainable, "weight_decay": weight_decay}]
+
+    def summarise(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Turn one step's metrics, averaged over micro batches and ranks, into what is written down."""
+        return metrics
 
     def probe(self, batch: Batch, gather: Gather) -> dict[str, float]:
         """Return costly metrics (extra backward passes) that are asked for every few steps; none by default."""

@@ -1,0 +1,101 @@
+"""Sound <-> latents. The codec of the demo world needs no training: log-mel patches and their inversion.
+
+Legend: B clips, S samples, N latent tokens, C channels, M mel bins, F mel frames, K frequency bins.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.mel import MEL_CONFIGS, LogMel
+from models.spec import SPECS, ClipSpec
+
+INVERSION_STEPS = 24
+PHASE_STEPS = 8
+
+
+class Codec(Protocol):
+    """Turns the sound of clips of one spec into latents and back."""
+
+    spec: ClipSpec
+
+    def encode(self, wave: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S] float32 in [-1, 1] -> mean and standard deviation of the posterior, both [B, N, C]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, N, C] -> [B, S] float32."""
+        ...
+
+
+def build_codec(spec_name: str, device: torch.device | str = "cpu") -> Codec:
+    """The codec of a clip spec, on `device`.
+
+    Raises:
+        ValueError: the spec has no codec that works without weights.
+    """
+    if spec_name != "tiny":
+        raise ValueError(f"no codec without weights for spec '{spec_name}'; the known one is 'tiny'")
+    return MelPatchCodec(SPECS[spec_name]).to(device).eval()
+
+
+class MelPatchCodec(nn.Module):
+    """Latents are the log-mel spectrogram itself, some frames a token; the standard deviation is 0.
+
+    Decoding is deterministic: a non-negative power spectrum whose mel is the given one, then Griffin-Lim (Griffin and
+    Lim 1984) from a fixed initial phase. The loss of it is one of fine structure, not of time or pitch.
+    """
+
+    phase: Tensor
+
+    def __init__(self, spec: ClipSpec) -> None:
+        super().__init__()
+        config = MEL_CONFIGS[spec.name]
+        assert config.padding == "centre" and spec.latent_dim == config.num_mels * spec.mel_frames_per_latent
+        self.spec = spec
+        self.log_mel = LogMel(config)
+        frames = torch.arange(spec.num_samples // config.hop + 1, dtype=torch.float64)
+        bins = torch.arange(config.n_fft // 2 + 1, dtype=torch.float64)
+        # Each bin starts as a steady tone of its own frequency, so that tones come out unbroken.
+        turns = torch.outer(bins, frames) * (config.hop / config.n_fft)
+        phase = torch.polar(torch.ones_like(turns), 2 * math.pi * (turns % 1.0))
+        self.register_buffer("phase", phase.to(torch.complex64), persistent=False)
+
+    @torch.no_grad()
+    def encode(self, wave: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S] -> ([B, N, C], zeros [B, N, C]); S must be the spec's number of samples."""
+        assert wave.shape[1] == self.spec.num_samples, f"{wave.shape[1]} samples, spec has {self.spec.num_samples}"
+        patches = rearrange(self.log_mel(wave), "b m (n f) -> b n (f m)", f=self.spec.mel_frames_per_latent)
+        return patches, torch.zeros_like(patches)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, N, C] -> [B, S], clamped to [-1, 1]."""
+        mel = rearrange(latents.float(), "b n (f m) -> b m (n f)", f=self.spec.mel_frames_per_latent)
+        magnitude = self._power(mel).sqrt()
+        # The frame that `encode` dropped at the end.
+        magnitude = torch.cat([magnitude, magnitude[..., -1:]], dim=-1)
+        return self._griffin_lim(magnitude).clamp(-1, 1)
+
+    def _power(self, log_mel: Tensor) -> Tensor:
+        """[B, M, F] log-mel -> power spectrum [B, K, F] >= 0, by multiplicative updates (Lee and Seung 2001)."""
+        # Above e^12 no sound in [-1, 1] can be: keeps what an untrained network emits finite.
+        mel = (log_mel.clamp(max=12.0).exp() - self.log_mel.config.floor).clamp_min(0)
+        filters = self.log_mel.filters
+        target = filters.T @ mel
+        power = target / filters.sum(0).clamp_min(1e-6)[:, None]
+        for _ in range(INVERSION_STEPS):
+            power = power * target / (filters.T @ (filters @ power)).clamp_min(1e-8)
+        return power
+
+    def _griffin_lim(self, magnitude: Tensor) -> Tensor:
+        c = self.log_mel.config
+        spectrum = magnitude * self.phase
+        for _ in range(PHASE_STEPS):
+            wave = torch.istft(spectrum, c.n_fft, c.hop, c.window, self.log_mel.window, length=self.spec.num_samples)
+            again = torch.stft(wave, c.n_fft, c.hop, c.window, self.log_mel.window, return_complex=True)
+            spectrum = magnitude * again / again.abs().clamp_min(1e-8)
+        return torch.istft(spectrum, c.n_fft, c.hop, c.window, self.log_mel.window, length=self.spec.num_samples)

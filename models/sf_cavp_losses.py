@@ -1,0 +1,267 @@
+"""What SF-CAVP learns from: which sound belongs to a picture (slow), when it sounds (fast), and what is wrong with it.
+
+Each picture crop meets two crops of its own sound: one with an independent, known offset, from which the offset is to be
+told (so that neither tower can solve the task from positions), and an aligned one, which must be preferred to wrong
+versions of itself. All randomness is in one tensor of uniform numbers, a row a sample, drawn by `draw_uniforms` from the
+sample's own generator; losses across samples see the whole batch through an injected `gather` ([B, ...] on one rank ->
+[world * B, ...] on all, with a gradient that sums over ranks), so that any number of ranks computes the same loss.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from models.crops import CropPlan, cut, plan_crops
+from models.hard_negatives import EDIT_DRAWS, JOIN_DRAWS, apply_gain, edit_sound, join_two_clips
+from models.sf_cavp import MEL_STRIDE, SFCAVP, Streams, clip_vector, normalise_loudness, offset_similarity
+
+Gather = Callable[[Tensor], Tensor]
+GAIN_JITTER_DB = 6.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Crops, weights and augmentation; lengths in fast steps (1/16 s)."""
+
+    crop_steps: int
+    max_offset_steps: int
+    """Greatest offset between the two crops, either way; the classes of the timing loss."""
+    offset_grid: int
+    """Offsets are multiples of this."""
+    num_crops: int = 1
+    min_crop_distance: int = 32
+    """Least distance between the starts of two crops of one video."""
+    num_edits: int = 3
+    """Wrong versions of its own sound that each picture meets."""
+    join_probability: float = 0.3
+    temporal_form: Literal["offset", "segment"] = "offset"
+    temporal_weight: float = 1.0
+    edit_weight: float = 1.0
+    label_smoothing: float = 0.2
+    """Share of the offset's label that goes to the two neighbouring grid bins."""
+    segment_steps: int = 8
+    """Length of a segment of the `segment` form: 0.5 s."""
+
+    @property
+    def num_draws(self) -> int:
+        """Uniform numbers that one sample takes."""
+        return JOIN_DRAWS + self.num_crops * (3 + self.num_edits * (EDIT_DRAWS + 1))
+
+
+LOSS_CONFIGS: dict[str, LossConfig] = {
+    "tiny": LossConfig(crop_steps=24, max_offset_steps=12, offset_grid=1),
+    "base": LossConfig(crop_steps=64, max_offset_steps=32, offset_grid=2, num_crops=3),
+}
+"""The losses by model size: tiny for clips of 2.5 s, base for 8 s and longer."""
+
+
+def draw_uniforms(generators: Sequence[torch.Generator], config: LossConfig) -> Tensor:
+    """Draw everything that is random about each sample, from its own generator: [B, num_draws] in [0, 1)."""
+    return torch.stack([torch.rand(config.num_draws, generator=generator) for generator in generators])
+
+
+@dataclass(frozen=True)
+class TrainingViews:
+    """What the encoders see of a batch; B counts crops, K edits; log-mels are [B, M, T]."""
+
+    frames: Tensor
+    offset_mel: Tensor
+    """The sound with the plan's offset."""
+    aligned_mel: Tensor
+    """The sound of exactly the picture's crop."""
+    edited_mels: Tensor
+    """Wrong versions of the aligned sound, [B, K, M, T]."""
+    is_wrong: Tensor
+    """Whether an edit changed enough to be wrong, [B, K]."""
+    offset: Tensor
+    """True offset of `offset_mel` in fast steps, [B]."""
+
+
+@torch.no_grad()
+def make_views(model: SFCAVP, frames: Tensor, waves: Tensor, u: Tensor, config: LossConfig) -> TrainingViews:
+    """Join, crop, edit and re-scale: frames [B, T, 3, H, W] in [0, 1] at 16 fps, waves [B, S] at 16 kHz, u [B, draws]."""
+    num_crops, num_edits = config.num_crops, config.num_edits
+    u_join, u_crops = u[:, :JOIN_DRAWS], u[:, JOIN_DRAWS:].reshape(len(u), num_crops, -1)
+    frames, log_mel = join_two_clips(
+        model.pool_frames(frames), model.log_mel(normalise_loudness(waves)), u_join, config.join_probability
+    )
+    plan = plan_crops(
+        u_crops[:, :, 0],
+        u_crops[:, :, 1],
+        num_steps=min(frames.shape[1], log_mel.shape[2] // MEL_STRIDE),
+        crop_steps=config.crop_steps,
+        min_distance=config.min_crop_distance,
+        max_offset=config.max_offset_steps,
+        grid=config.offset_grid,
+    )
+    u_flat = rearrange(u_crops, "b n d -> (b n) d")
+    # One gain for a sample and its edits alike, or loudness would tell them apart.
+    gain_db = GAIN_JITTER_DB * (2 * u_flat[:, 2] - 1)
+    aligned = apply_gain(_cut_sound(log_mel, plan.video_start, config), gain_db)
+    offset_mel = apply_gain(_cut_sound(log_mel, plan.audio_start, config), gain_db)
+    u_edits = u_flat[:, 3:].reshape(len(u_flat), num_edits, EDIT_DRAWS + 1)
+    edits = [edit_sound(aligned, u_edits[:, k]) for k in range(num_edits)]
+    return TrainingViews(
+        frames=cut(frames, plan.video_start, config.crop_steps, dim=1),
+        offset_mel=offset_mel,
+        aligned_mel=aligned,
+        edited_mels=torch.stack([edit.log_mel for edit in edits], dim=1),
+        is_wrong=torch.stack([edit.is_wrong for edit in edits], dim=1),
+        offset=plan.offset.flatten(),
+    )
+
+
+def _cut_sound(log_mel: Tensor, start: Tensor, config: LossConfig) -> Tensor:
+    return cut(log_mel, start * MEL_STRIDE, config.crop_steps * MEL_STRIDE, dim=2)
+
+
+def semantic_loss(
+    video: Tensor, audio: Tensor, edited: Tensor, is_wrong: Tensor, scale: Tensor, num_crops: int
+) -> Tensor:
+    """Symmetric InfoNCE over unit clip vectors [G, D], the picture's own edited sounds as further columns.
+
+    `edited` [G, K] are cosines of each picture with its edits, left out where not `is_wrong`. Other crops of the same
+    video (adjacent rows, `num_crops` a video) are no negatives: steady sound would make them false ones.
+    """
+    logits = scale * video @ audio.T
+    rows = torch.arange(len(logits), device=logits.device)
+    same_video = (rows[:, None] // num_crops == rows[None] // num_crops) & (rows[:, None] != rows[None])
+    logits = logits.masked_fill(same_video, float("-inf"))
+    columns = (scale * edited).masked_fill(~is_wrong, float("-inf"))
+    to_audio = F.cross_entropy(torch.cat([logits, columns], dim=1), rows)
+    to_video = F.cross_entropy(logits.T, rows)
+    return (to_audio + to_video) / 2
+
+
+def offset_loss(similarity: Tensor, true_offset: Tensor, offsets: Tensor, scale: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy of the offset, a value a clip: similarity S(d) [B, n] for offsets [n], ascending, true ones among them.
+
+    `smoothing` of the label is shared by the neighbouring bins that exist.
+    """
+    label = torch.searchsorted(offsets, true_offset)
+    neighbours = (torch.arange(len(offsets), device=label.device)[None] - label[:, None]).abs() == 1
+    target = smoothing * neighbours / neighbours.sum(dim=1, keepdim=True)
+    target = target + (1 - smoothing) * F.one_hot(label, len(offsets))
+    return -(target * F.log_softmax(scale * similarity, dim=1)).sum(dim=1)
+
+
+def segment_loss(video_fast: Tensor, audio_fast: Tensor, scale: Tensor, segment_steps: int) -> Tensor:
+    """Diff-Foley-like timing loss on ALIGNED streams [B, T, D], a value a clip.
+
+    Mean vectors of whole segments, cross-entropy among the segments of the same video, in both directions.
+    """
+    num_segments = min(video_fast.shape[1], audio_fast.shape[1]) // segment_steps
+    assert num_segments > 1, f"one segment of {segment_steps} steps has nothing to be told from"
+
+    def segments(fast: Tensor) -> Tensor:
+        pooled = rearrange(fast[:, : num_segments * segment_steps], "b (n s) d -> b n s d", n=num_segments)
+        return F.normalize(pooled.mean(dim=2), dim=-1)
+
+    logits = scale * torch.einsum("bnd,bmd->bnm", segments(video_fast), segments(audio_fast))
+    label = repeat(torch.arange(num_segments, device=logits.device), "n -> b n", b=len(logits))
+    to_audio = F.cross_entropy(rearrange(logits, "b n m -> b m n"), label, reduction="none")
+    to_video = F.cross_entropy(logits, label, reduction="none")
+    return (to_audio + to_video).mean(dim=1) / 2
+
+
+def edit_loss(real: Tensor, edited: Tensor, is_wrong: Tensor, scale: Tensor) -> Tensor:
+    """Cross-entropy of the real sound's fast similarity S(0) [B] among those of its edits [B, K], a value a clip."""
+    columns = (scale * edited).masked_fill(~is_wrong, float("-inf"))
+    logits = torch.cat([(scale * real)[:, None], columns], dim=1)
+    return F.cross_entropy(logits, torch.zeros_like(is_wrong[:, 0], dtype=torch.long), reduction="none")
+
+
+def onset_weights(log_mel: Tensor, gather: Gather) -> Tensor:
+    """Weight of each clip's timing [B]: deviation of its onset strength over that of the batch's median clip, in [0.2, 2].
+
+    A steady engine carries no timing signal. Onset strength is the mean positive difference of log-mel columns.
+    """
+    strength = torch.relu(log_mel[:, :, 1:] - log_mel[:, :, :-1]).mean(dim=1).std(dim=1)
+    median = gather(strength).median().clamp(min=1e-6)
+    return (strength / median).clamp(0.2, 2.0)
+
+
+def sf_cavp_loss(
+    model: SFCAVP,
+    frames: Tensor,
+    waves: Tensor,
+    u: Tensor,
+    gather: Gather,
+    config: LossConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the loss (scalar) and detached metrics of one rank's samples; shapes as in `make_views`, B even."""
+    views = make_views(model, frames, waves, u, config)
+    video = model.encode_video(views.frames)
+    offset_sound, aligned, edited = _encode_sounds(model, views)
+    scale_slow, scale_fast = model.scales()
+    num_edits = config.num_edits
+
+    video_vector, audio_vector = clip_vector(video.slow), clip_vector(aligned.slow)
+    edited_vectors = rearrange(clip_vector(edited.slow), "(b k) d -> b k d", k=num_edits)
+    edited_cosines = torch.einsum("bd,bkd->bk", video_vector, edited_vectors)
+    semantic = semantic_loss(
+        gather(video_vector),
+        gather(audio_vector),
+        gather(edited_cosines),
+        gather(views.is_wrong),
+        scale_slow,
+        config.num_crops,
+    )
+
+    weights = onset_weights(views.aligned_mel, gather)
+    zero = torch.zeros(1, dtype=torch.long, device=video.fast.device)
+    real = offset_similarity(video.fast, aligned.fast, zero)[:, 0]
+    repeated = video.fast.repeat_interleave(num_edits, dim=0)
+    wrong = rearrange(offset_similarity(repeated, edited.fast, zero), "(b k) 1 -> b k", k=num_edits)
+    offsets = _offset_grid(config, video.fast.device)
+    similarity = offset_similarity(video.fast, offset_sound.fast, offsets)
+    if config.temporal_form == "offset":
+        per_clip = offset_loss(similarity, views.offset, offsets, scale_fast, config.label_smoothing)
+    else:
+        per_clip = segment_loss(video.fast, aligned.fast, scale_fast, config.segment_steps)
+    temporal = (weights * per_clip).mean()
+    edits = edit_loss(real, wrong, views.is_wrong, scale_fast).mean()
+    loss = semantic + config.temporal_weight * temporal + config.edit_weight * edits
+
+    with torch.no_grad():
+        cosines = gather(video_vector) @ gather(audio_vector).T
+        rows = torch.arange(len(cosines), device=cosines.device)
+        found = offsets[similarity.argmax(dim=1)]
+        metrics = {
+            "loss": loss,
+            "semantic": semantic,
+            "temporal": temporal,
+            "edits": edits,
+            "batch_r1": (cosines.argmax(dim=1) == rows).float().mean(),
+            "offset_hit": ((found - views.offset).abs() <= config.offset_grid).float().mean(),
+            "edit_hit": _share_preferred(real, wrong, views.is_wrong),
+            "edit_hit_slow": _share_preferred((video_vector * audio_vector).sum(1), edited_cosines, views.is_wrong),
+            "scale_slow": scale_slow,
+            "scale_fast": scale_fast,
+        }
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def _offset_grid(config: LossConfig, device: torch.device) -> Tensor:
+    steps = config.max_offset_steps // config.offset_grid
+    return config.offset_grid * torch.arange(-steps, steps + 1, device=device)
+
+
+def _share_preferred(real: Tensor, edited: Tensor, is_wrong: Tensor) -> Tensor:
+    preferred = (real[:, None] > edited) & is_wrong
+    return preferred.sum() / is_wrong.sum().clamp(min=1)
+
+
+def _encode_sounds(model: SFCAVP, views: TrainingViews) -> tuple[Streams, Streams, Streams]:
+    """Encode offset, aligned and edited sounds in one pass."""
+    num_crops = len(views.frames)
+    edited = rearrange(views.edited_mels, "b k m t -> (b k) m t")
+    streams = model.encode_mel(torch.cat([views.offset_mel, views.aligned_mel, edited]))
+    sizes = [num_crops, num_crops, len(edited)]
+    parts = list(zip(streams.slow.split(sizes), streams.fast.split(sizes), strict=True))
+    return Streams(*parts[0]), Streams(*parts[1]), Streams(*parts[2])

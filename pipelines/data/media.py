@@ -1,0 +1,269 @@
+"""The reader: one pass over a media file by presentation time, for picture and sound together.
+
+This runs inside the disposable decode child (`decode_child.py`), so it imports only PyAV and numpy. It is given an
+open file, never a name or a URL: nothing in a file can make it open another one. What a file may hold is a closed
+list, and its picture size is checked before the first frame is decoded.
+"""
+
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import IO
+
+import av
+from av.container import InputContainer
+from av.stream import Disposition, Stream
+from av.video.stream import VideoStream
+
+from pipelines.data.media_tracks import PictureTrack, SoundTrack, WindowClock
+from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
+from pipelines.errors import MediaError
+
+FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "wav", "flac", "mp3", "ogg")
+VIDEO_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "mpeg4"})
+AUDIO_CODECS = frozenset(
+    {"aac", "mp3", "mp3float", "opus", "libopus", "vorbis", "flac"}
+    | {name for name in av.codecs_available if name.startswith("pcm_")}
+)
+MAX_STREAMS = 64
+SEEK_MARGIN_S = 1.0
+"""A window is sought this much early, so that decoders have settled when it starts."""
+CONTAINER_MAGIC = (b"\x1aE\xdf\xa3", b"RIFF", b"OggS", b"fLaC", b"ID3")
+MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"moof")
+STILL_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
+
+
+class _Unnamed:
+    """An open file without its name: FFmpeg would guess the format from the suffix."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.read = file.read
+        self.seek = file.seek
+        self.tell = file.tell
+
+
+def _refuse_open(url: str, flags: int, options: dict[str, str]) -> IO[bytes]:
+    raise PermissionError(f"the file refers to another one: {url[:80]}")
+
+
+def open_media(file: IO[bytes], max_pixels: int) -> InputContainer:
+    """Open a media file for reading, whatever its name.
+
+    Raises:
+        MediaError: empty, not_media, truncated (its header is that of a known container), no_video (a still image).
+    """
+    head = file.read(16)
+    file.seek(0)
+    if not head:
+        raise MediaError("empty", "the file has no bytes")
+    try:
+        return av.open(
+            _Unnamed(file),
+            mode="r",
+            options={"max_pixels": str(max_pixels)},
+            container_options={
+                "format_whitelist": ",".join(FORMATS),
+                "codec_whitelist": ",".join(sorted(VIDEO_CODECS | AUDIO_CODECS)),
+                "protocol_whitelist": "none",
+                "max_streams": str(MAX_STREAMS),
+            },
+            metadata_errors="replace",
+            io_open=_refuse_open,
+        )
+    except (av.FFmpegError, PermissionError, UnicodeError) as error:
+        if head.startswith(STILL_MAGIC):
+            raise MediaError("no_video", "a still image") from error
+        known = head.startswith(CONTAINER_MAGIC) or head[4:8] in MP4_BOXES
+        reason = "truncated" if known else "not_media"
+        raise MediaError(reason, f"cannot be opened: {error}") from error
+
+
+def _find_video(container: InputContainer, max_pixels: int) -> VideoStream:
+    stills = Disposition.attached_pic | Disposition.still_image | Disposition.timed_thumbnails
+    streams = [s for s in container.streams.video if not s.disposition & stills]
+    if not streams:
+        raise MediaError("no_video", "the file has no moving picture")
+    best = container.streams.best("video")
+    stream = next((s for s in streams if s is best), streams[0])
+    _check_codec(stream, VIDEO_CODECS)
+    pixels = stream.codec_context.width * stream.codec_context.height
+    if pixels > max_pixels:
+        size = f"{stream.codec_context.width}x{stream.codec_context.height}"
+        raise MediaError("too_large", f"{size} is more than {max_pixels} pixels")
+    stream.codec_context.options = {"max_pixels": str(max_pixels)}
+    return stream
+
+
+def _find_audio(container: InputContainer) -> Stream:
+    stream = container.streams.best("audio") or next(iter(container.streams.audio), None)
+    if stream is None:
+        raise MediaError("no_audio", "the file has no sound")
+    _check_codec(stream, AUDIO_CODECS)
+    return stream
+
+
+def _check_codec(stream: Stream, allowed: frozenset[str]) -> None:
+    # PyAV gives no codec context at all where FFmpeg has no decoder.
+    context = stream.codec_context
+    if context is None or context.name not in allowed:
+        name = "unknown" if context is None else context.name
+        raise MediaError("unsupported_codec", f"{stream.type} is '{name}', accepted are {', '.join(sorted(allowed))}")
+    context.thread_count = 1
+
+
+def _origin(container: InputContainer) -> Fraction:
+    """The file's own start: the earliest time stamp of its streams, seconds."""
+    return Fraction(container.start_time or 0, 1_000_000)
+
+
+def _stream_end(container: InputContainer, stream: Stream) -> Fraction | None:
+    """Where the container says that a stream ends, seconds from the file's own start."""
+    if stream.duration is not None and stream.time_base is not None:
+        return ((stream.start_time or 0) + stream.duration) * stream.time_base - _origin(container)
+    return None if container.duration is None else Fraction(container.duration, 1_000_000)
+
+
+def probe(file: IO[bytes], max_pixels: int) -> MediaInfo:
+    """What the container says of itself.
+
+    Raises:
+        MediaError: as `open_media`.
+    """
+    with open_media(file, max_pixels) as container:
+        video = next(iter(container.streams.video), None)
+        audio = next(iter(container.streams.audio), None)
+        ends = [_stream_end(container, s) for s in (video, audio) if s is not None]
+        known = [float(end) for end in ends if end is not None]
+        return MediaInfo(
+            duration_s=min(known) if known else None,
+            has_video=video is not None,
+            has_audio=audio is not None,
+            width=video.codec_context.width if video is not None else 0,
+            height=video.codec_context.height if video is not None else 0,
+        )
+
+
+def read_window(file: IO[bytes], request: WindowRequest) -> DecodedWindow:
+    """Decode one window; see `WindowRequest` and `DecodedWindow` for shapes, units and ranges.
+
+    Raises:
+        MediaError: any reason that lies in the file itself.
+    """
+    if request.start_s > 2 * SEEK_MARGIN_S:
+        reader = _WindowReader(file, request, seek=True)
+        decoded = reader.read()
+        if decoded is not None:
+            return decoded
+        file.seek(0)
+    decoded = _WindowReader(file, request, seek=False).read()
+    if decoded is None:
+        raise RuntimeError("reading from the start of a file cannot start late")
+    return decoded
+
+
+class _WindowReader:
+    """One pass over one file."""
+
+    def __init__(self, file: IO[bytes], request: WindowRequest, *, seek: bool) -> None:
+        self._request = request
+        self._seek = seek
+        self._container = open_media(file, request.max_pixels)
+        self._video = _find_video(self._container, request.max_pixels) if request.grids else None
+        self._audio = _find_audio(self._container) if request.audio_samples else None
+        self._clock = WindowClock(_origin(self._container) + Fraction(request.start_s))
+        self._picture = PictureTrack(self._video, self._clock, request) if self._video is not None else None
+        self._sound = SoundTrack(self._clock, request) if self._audio is not None else None
+        self._broken: str | None = None
+
+    def read(self) -> DecodedWindow | None:
+        """The window, or None when seeking landed after its start."""
+        with self._container:
+            if self._seek and not self._seek_to_start():
+                return None
+            for stream, frames in self._decoded():
+                if stream is self._video and self._picture is not None:
+                    self._picture.take(frames)
+                elif self._sound is not None:
+                    self._sound.take(frames)
+                if self._started_late():
+                    return None
+                if self._done():
+                    break
+            return self._finish()
+
+    def _seek_to_start(self) -> bool:
+        target = max(float(self._clock.zero) - SEEK_MARGIN_S, 0.0)
+        try:
+            self._container.seek(int(target * 1_000_000), backward=True)
+        except av.FFmpegError:
+            return False
+        return True
+
+    def _started_late(self) -> bool:
+        return self._seek and any(part is not None and part.started_late for part in (self._picture, self._sound))
+
+    def _done(self) -> bool:
+        return all(part is None or part.done for part in (self._picture, self._sound))
+
+    def _decoded(self) -> Iterator[tuple[Stream, Iterable[object]]]:
+        """(stream, frames) of each packet; what cannot be decoded is remembered and skipped."""
+        packets = self._container.demux([s for s in (self._video, self._audio) if s is not None])
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.FFmpegError as error:
+                self._broken = f"reading stops: {error}"
+                return
+            if packet is None:
+                return
+            try:
+                frames = packet.decode()
+            except MemoryError as error:
+                raise MediaError("too_large", f"decoding needs more memory than is allowed: {error}") from error
+            except EOFError:
+                continue
+            except av.FFmpegError as error:
+                self._damaged(packet.stream, packet.pts, error)
+                continue
+            yield packet.stream, frames
+
+    def _damaged(self, stream: Stream, pts: int | None, error: av.FFmpegError) -> None:
+        time_s = None if pts is None or stream.time_base is None else self._clock.time_s(pts, stream.time_base)
+        where = "at an unknown time" if time_s is None else f"at {time_s:.3f} s of the window"
+        self._broken = f"{stream.type} cannot be decoded {where}: {error}"
+        # Damaged sound leaves a gap that counts as missing; a damaged picture spoils the frames that build on it.
+        if stream is self._video and (time_s is None or 0 <= time_s < self._request.duration_s):
+            raise MediaError("truncated", self._broken)
+
+    def _finish(self) -> DecodedWindow:
+        request = self._request
+        valid_s = request.duration_s
+        for part, stream, wanted_s in (
+            (self._picture, self._video, request.duration_s),
+            (self._sound, self._audio, request.audio_samples / request.audio_rate_hz),
+        ):
+            if part is None or stream is None:
+                continue
+            real_s = part.finish()
+            if real_s < (1 - request.max_missing) * wanted_s:
+                raise self._incomplete(stream, real_s, wanted_s)
+            valid_s = min(valid_s, real_s)
+        return DecodedWindow(
+            frames=self._picture.frames if self._picture is not None else (),
+            audio=self._sound.samples if self._sound is not None else None,
+            audio_rate_hz=self._sound.rate_hz if self._sound is not None else 0,
+            audio_margin=self._sound.margin if self._sound is not None else 0,
+            valid_s=valid_s,
+        )
+
+    def _incomplete(self, stream: Stream, real_s: float, wanted_s: float) -> MediaError:
+        detail = f"{stream.type} covers {real_s:.3f} of {wanted_s:.3f} s"
+        if self._broken is not None:
+            return MediaError("truncated", f"{detail}; {self._broken}")
+        end = _stream_end(self._container, stream)
+        promised_s = 0.0 if end is None else float(end) - self._request.start_s
+        if promised_s >= (1 - self._request.max_missing) * wanted_s:
+            return MediaError("truncated", f"{detail}, the header promises {promised_s:.3f} s")
+        # A file with no time in it at all is empty; one that merely ends before the window is too short.
+        if (end is None or end <= 0) and real_s == 0:
+            return MediaError("empty", f"{detail}, and the file has no duration")
+        return MediaError("too_short", detail)

@@ -1,0 +1,139 @@
+"""Conditional flow matching of a policy on real sound: how M_0 comes to be.
+
+Every step draws, for each sample by its position: a fresh latent from the codec's posterior, noise, a time, and which
+conditions are dropped. Validation uses fixed draws and never drops a condition.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from models.flow_matching import flow_matching_loss, interpolate, sample_condition_drops, sample_times
+from models.mmdit import SIZES
+from models.policy import Policy
+from pipelines.data.contracts import FEATURES, column_to_numpy
+from pipelines.data.store import Dataset
+from pipelines.training.objective import Batch, DataRef, Draws, Gather, Trainee
+
+CONDITIONS = ("clip_features", "sync_features", "text_features")
+
+
+def tensor(rows: pa.Table, column: str) -> Tensor:
+    """Return a tensor column of a table as float32 [B, ...]."""
+    return torch.from_numpy(np.array(column_to_numpy(rows[column]), np.float32))
+
+
+def flow_draws(draws: Draws, noise_shape: tuple[int, int], *, drop: bool) -> Batch:
+    """Draw noise [B, N, C], time [B] and the two drop masks [B] (all False unless `drop`) of a batch.
+
+    Both preference objectives and flow matching use these, so that equal positions mean equal noise in all of them.
+    """
+    noise, times, drop_video, drop_text = [], [], [], []
+    for generator in draws.generators():
+        noise.append(torch.randn(noise_shape, generator=generator))
+        times.append(sample_times(1, generator))
+        video, text = sample_condition_drops(1, generator)
+        drop_video.append(video & drop)
+        drop_text.append(text & drop)
+    return {
+        "noise": torch.stack(noise),
+        "time": torch.cat(times),
+        "drop_video": torch.cat(drop_video),
+        "drop_text": torch.cat(drop_text),
+    }
+
+
+class FlowMatchingTrainee(Trainee):
+    """The network of a policy and the flow-matching loss."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.network = policy.network
+        # In a tuple, so that torch does not register it: the latent transform is fixed and not part of a checkpoint.
+        self._policy = (policy,)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy whose network is trained."""
+        return self._policy[0]
+
+    def forward(self, batch: Batch, gather: Gather) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over the batch of the flow-matching error."""
+        x1 = self.policy.transform.normalize(batch["latent"])
+        features = self.network.replace_with_empty(
+            (batch["clip_features"], batch["sync_features"], batch["text_features"]),
+            batch["drop_video"],
+            batch["drop_text"],
+        )
+        velocity = self.network(interpolate(batch["noise"], x1, batch["time"]), *features, batch["time"])
+        return flow_matching_loss(velocity, batch["noise"], x1).mean(), {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingObjective:
+    """Train the policy that lies at `start` (weights and fitted transform) by flow matching."""
+
+    start: str
+    features: str
+    size: str
+    train_split: str = "train"
+    val_split: str | None = "val"
+
+    name = "flow_matching"
+    columns = (*CONDITIONS, "latent_mean", "latent_std")
+    probe_every = 0
+    stop_on_alarm = False
+
+    @property
+    def training_data(self) -> DataRef:
+        """Rows to train on."""
+        return DataRef(location=self.features, contract=FEATURES.name, split=self.train_split)
+
+    @property
+    def validation_data(self) -> DataRef | None:
+        """Rows to validate on."""
+        if self.val_split is None:
+            return None
+        return DataRef(location=self.features, contract=FEATURES.name, split=self.val_split)
+
+    def build(self, device: torch.device) -> Trainee:
+        """Load the starting policy."""
+        policy = Policy.load(Path(self.start)).to(device)
+        return FlowMatchingTrainee(policy)
+
+    def collate(self, rows: pa.Table, draws: Draws) -> Batch:
+        """Conditions, a latent drawn from the codec's posterior, and the draws of flow matching."""
+        config = SIZES[self.size]
+        mean, std = tensor(rows, "latent_mean"), tensor(rows, "latent_std")
+        batch = {name: tensor(rows, name) for name in CONDITIONS}
+        batch |= flow_draws(draws, (mean.shape[1], config.latent_dim), drop=draws.stream == "training")
+        if bool((std > 0).any()):
+            posterior = Draws(draws.seed, "posterior", draws.positions).generators()
+            mean = mean + std * torch.stack([torch.randn(mean.shape[1:], generator=own) for own in posterior])
+        return batch | {"latent": mean}
+
+    def export(self, trainee: Trainee, folder: Path) -> dict[str, float]:
+        """Write the policy."""
+        if not isinstance(trainee, FlowMatchingTrainee):
+            raise TypeError(f"expected a FlowMatchingTrainee, got {type(trainee).__name__}")
+        trainee.policy.save(folder)
+        return {}
+
+
+def fit_starting_policy(size: str, seed: int, features: str, split: str, folder: Path) -> None:
+    """Write a fresh policy with weights from `seed` and statistics fitted on a split, one row group at a time."""
+    dataset = Dataset.open(features, FEATURES)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for rows in dataset.iter_row_groups(("latent_mean", "clip_features", "sync_features"), split):
+            yield tensor(rows, "latent_mean"), tensor(rows, "clip_features"), tensor(rows, "sync_features")
+
+    policy = Policy.create(size, seed)
+    policy.fit_statistics(batches())
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.save(folder)

@@ -1,0 +1,112 @@
+"""Small finished datasets for tests: features and pairs of the tiny spec, from a seed, through the real store."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from models.spec import SPECS, ClipSpec
+from pipelines.data.contracts import FEATURES, PAIRS, Contract, table_from_rows
+from pipelines.data.storage import open_folder
+from pipelines.data.store import dataset_manifest, encode_part
+from pipelines.stage import StageContext, run_stage
+
+TINY = SPECS["tiny"]
+LATENT_RANK = 40
+"""The random latents vary in this many directions: more than the 32 that tiny's whitening keeps."""
+
+
+def feature_row(rng: np.random.Generator, clip_id: str, split: str, spec: ClipSpec = TINY) -> dict[str, object]:
+    """One row whose latents depend on its conditions, so that training on it has something to learn."""
+    cause = rng.standard_normal((spec.sync_len, spec.sync_dim)).astype(np.float32)
+    mixing = np.random.default_rng(0).standard_normal((LATENT_RANK, spec.latent_dim)).astype(np.float32)
+    latent = cause[: spec.latent_len, :LATENT_RANK] @ mixing
+    return {
+        "clip_id": clip_id,
+        "source": f"{clip_id}.mp4",
+        "start_s": 0.0,
+        "duration_s": spec.duration_s,
+        "valid_s": spec.duration_s,
+        "caption": "",
+        "split": split,
+        "content_hash": clip_id,
+        "events": None,
+        "frames": [b"\xff\xd8"] * spec.frames_len,
+        "audio": b"fLaC",
+        **_conditions(rng, cause, spec),
+        "latent_mean": latent,
+        "latent_std": np.zeros_like(latent),
+    }
+
+
+def _conditions(rng: np.random.Generator, sync: np.ndarray, spec: ClipSpec) -> dict[str, np.ndarray]:
+    return {
+        "clip_features": rng.standard_normal((spec.clip_len, spec.clip_dim)).astype(np.float16),
+        "sync_features": sync.astype(np.float16),
+        "text_features": rng.standard_normal((spec.text_len, spec.text_dim)).astype(np.float16),
+    }
+
+
+def write_features(out: Path, splits: dict[str, int], seed: int = 0) -> Path:
+    """Write a features dataset with so many rows of each split (random, not decodable frames and sound)."""
+    rng = np.random.default_rng(seed)
+    tables = {
+        split: table_from_rows(
+            [feature_row(rng, f"{split}_{index:05d}", split) for index in range(count)], FEATURES, TINY
+        )
+        for split, count in splits.items()
+    }
+    return write_dataset(out, FEATURES, tables, {"seed": seed, "splits": splits})
+
+
+def write_pairs(out: Path, num_kept: int, num_dropped: int, policy: str = "policy", seed: int = 0) -> Path:
+    """Write a pairs dataset; every second row is a dropped one until they are used up."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(num_kept + num_dropped):
+        feature = feature_row(rng, f"pair_{index:05d}", "rpo")
+        kept = not (index % 2 == 1 and index // 2 < num_dropped)
+        noise = rng.standard_normal((TINY.latent_len, TINY.latent_dim)).astype(np.float32)
+        rows.append(
+            {
+                "clip_id": feature["clip_id"],
+                **{name: feature[name] for name in ("clip_features", "sync_features", "text_features")},
+                "winner": feature["latent_mean"],
+                "loser": np.asarray(feature["latent_mean"]) + noise,
+                "winner_origin": "ground_truth",
+                "loser_origin": "candidate_0",
+                "rewards": [{"total": -1.0, "semantic": -0.5, "temporal": -0.5}],
+                "reward_ground_truth": {"total": 1.0, "semantic": 0.5, "temporal": 0.5},
+                "seeds": [index],
+                "margin": 2.0,
+                "kept": kept,
+                "drop_reason": None if kept else "margin",
+                "policy": policy,
+                "reward_model": "reward",
+                "round": 0,
+            }
+        )
+    table = table_from_rows(rows, PAIRS, TINY)
+    return write_dataset(out, PAIRS, {"rpo": table}, {"seed": seed, "kept": num_kept, "dropped": num_dropped})
+
+
+def write_dataset(out: Path, contract: Contract, tables: dict[str, pa.Table], config: dict[str, object]) -> Path:
+    """Write conforming tables, one part each, and the manifest; returns the folder."""
+
+    def body(context: StageContext) -> None:
+        for name, table in tables.items():
+            content = encode_part(table, contract, TINY)
+            context.folder.write_bytes(f"data/part-{name}.parquet", content)
+        context.finish(dataset_manifest(open_folder(str(out)), contract, TINY))
+
+    run_stage(
+        name="factory",
+        config=json.loads(json.dumps(config)),
+        inputs={},
+        out=str(out),
+        body=body,
+        version=contract.version,
+        say=lambda line: None,
+    )
+    return out
