@@ -15,6 +15,7 @@ from models.spec import SPECS, ClipSpec
 
 INVERSION_STEPS = 24
 PHASE_STEPS = 8
+PHASE_SEED = 0
 
 
 class Codec(Protocol):
@@ -54,15 +55,15 @@ class MelPatchCodec(nn.Module):
     def __init__(self, spec: ClipSpec) -> None:
         super().__init__()
         config = MEL_CONFIGS[spec.name]
-        assert config.padding == "centre" and spec.latent_dim == config.num_mels * spec.mel_frames_per_latent
+        assert spec.latent_dim == config.num_mels * spec.mel_frames_per_latent, f"spec {spec.name} is no mel patch"
         self.spec = spec
         self.log_mel = LogMel(config)
-        frames = torch.arange(spec.num_samples // config.hop + 1, dtype=torch.float64)
-        bins = torch.arange(config.n_fft // 2 + 1, dtype=torch.float64)
-        # Each bin starts as a steady tone of its own frequency, so that tones come out unbroken.
-        turns = torch.outer(bins, frames) * (config.hop / config.n_fft)
-        phase = torch.polar(torch.ones_like(turns), 2 * math.pi * (turns % 1.0))
-        self.register_buffer("phase", phase.to(torch.complex64), persistent=False)
+        shape = (config.n_fft // 2 + 1, spec.num_samples // config.hop + 1)
+        # Random but always the same. Drawn on the CPU, so that every device starts alike; phases that advance like
+        # steady tones were tried and make noise crackle.
+        turns = torch.rand(shape, generator=torch.Generator().manual_seed(PHASE_SEED))
+        phase = torch.polar(torch.ones_like(turns), 2 * math.pi * turns)
+        self.register_buffer("phase", phase, persistent=False)
 
     @torch.no_grad()
     def encode(self, wave: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def _cell_means(pixels: np.ndarray) -> np.ndarray:
 def encode_caption(caption: str, length: int, width: int) -> np.ndarray:
     """Caption -> float32 [length, width <= 64]: a unit-variance vector for each word, zeros after the last one.
 
-    A word's vector are the hexadecimal digits of its sha256: the same in every process, and unrelated for any two words.
+    A word's vector are the hexadecimal digits of its sha256: the same in every process, unrelated for different words.
     Case, punctuation and Unicode form do not matter; words past `length` are dropped.
     """
     assert width <= _WORD_DIGITS, f"width {width} exceeds the {_WORD_DIGITS} digits of a hash"

@@ -123,13 +123,12 @@ class LogMel(nn.Module):
         S must be at least n_fft, so that the reflected edges exist.
         """
         c = self.config
-        assert wave.ndim == 2 and wave.shape[1] >= c.n_fft, f"wave is {tuple(wave.shape)}, n_fft {c.n_fft}"
+        assert wave.ndim == 2, f"wave is {tuple(wave.shape)}, expected [B, S]"
+        assert wave.shape[1] >= c.n_fft, f"{wave.shape[1]} samples are fewer than n_fft {c.n_fft}"
         wave = wave.clamp(-1, 1)
         pad = (c.n_fft - c.hop) // 2 if c.padding == "codec" else c.n_fft // 2
         wave = F.pad(wave[:, None], (pad, pad), mode="reflect")[:, 0]
-        spectrum = torch.stft(
-            wave, c.n_fft, c.hop, c.window, self.window, center=False, return_complex=True
-        )
+        spectrum = torch.stft(wave, c.n_fft, c.hop, c.window, self.window, center=False, return_complex=True)
         if c.padding == "centre":
             spectrum = spectrum[..., : (wave.shape[1] - 2 * pad) // c.hop]
         power = spectrum.real.square() + spectrum.imag.square()

@@ -16,7 +16,14 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from models.blocks import FinalLayer, JointBlock, SingleStreamBlock
-from models.layers import ChannelLastConv1d, GatedMLP, TimeEmbedding, gated_hidden_dim, nearest_exact_upsample
+from models.layers import (
+    ChannelLastConv1d,
+    GatedMLP,
+    HeadRMSNorm,
+    TimeEmbedding,
+    gated_hidden_dim,
+    nearest_exact_upsample,
+)
 from models.rope import rotary_table
 
 SYNC_SEGMENT = 8
@@ -236,6 +243,8 @@ class MMDiT(nn.Module):
                 nn.init.zeros_(module.bias) if module.bias is not None else None
             elif isinstance(module, nn.Conv1d):
                 _default_conv_init(module, generator)
+            elif isinstance(module, HeadRMSNorm):
+                nn.init.ones_(module.weight)
         for layer in (self.t_embed.mlp[0], self.t_embed.mlp[2]):
             nn.init.normal_(layer.get_parameter("weight"), std=0.02, generator=generator)
         zeroed = [name for name, _ in self.named_parameters() if "adaLN_modulation" in name]

@@ -10,23 +10,23 @@ no weights and never meet inside a trunk: one clip's picture is encoded once and
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from models.mel import RewardMel
+from models.mel import LogMel, sf_cavp_mel
 from models.slowfast import SlowFast, TrunkConfig, base_trunk, tiny_trunk
 
 VIDEO_RATE_HZ = 16
 SAMPLE_RATE_HZ = 16_000
-MEL_HOP = 250
 MEL_STRIDE = 4
 """Mel columns for one fast step of the audio trunk."""
 SAMPLES_PER_STEP = SAMPLE_RATE_HZ // VIDEO_RATE_HZ
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225
+TARGET_RMS = 0.05
 INITIAL_SCALE, MAX_SCALE = 1 / 0.07, 100.0
 """Temperature of the contrastive losses: as in CLIP and Diff-Foley's CAVP."""
 
@@ -120,7 +120,7 @@ class SFCAVP(nn.Module):
         self.config = config
         self.video = Encoder(config.video, config)
         self.audio = Encoder(config.audio, config)
-        self.mel = RewardMel(config.num_mels)
+        self.mel = LogMel(sf_cavp_mel(config.num_mels))
         self.register_buffer("mel_mean", torch.zeros(config.num_mels))
         self.register_buffer("mel_std", torch.ones(config.num_mels))
         self.log_scale_slow = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
@@ -146,8 +146,8 @@ class SFCAVP(nn.Module):
         return self.video(rearrange(x, "b t c h w -> b c t h w"))
 
     def log_mel(self, waves: Tensor) -> Tensor:
-        """Log-mel of waves [B, S] at 16 kHz: [B, num_mels, S // 250] (the last centred column is dropped)."""
-        return self.mel(waves)[..., : waves.shape[-1] // MEL_HOP]
+        """Log-mel of waves [B, S] at 16 kHz, S >= 1024: [B, num_mels, S // 250], the last centred column dropped."""
+        return self.mel(waves)
 
     def encode_mel(self, log_mel: Tensor) -> Streams:
         """Encode log-mel [B, num_mels, T] at 64 Hz -> slow [B, ceil(T/16), Ds], fast [B, ceil(T/4), Df]."""
@@ -187,20 +187,18 @@ def offset_similarity(video_fast: Tensor, audio_fast: Tensor, offsets: Tensor) -
 
 
 def normalise_loudness(waves: Tensor) -> Tensor:
-    """Bring each sound [..., S] to an RMS of -20 dBFS, so that nothing downstream can see its gain; silence stays."""
+    """Bring each sound [..., S] to an RMS of -26 dBFS, so that nothing downstream can see its gain; silence stays."""
     rms = waves.double().square().mean(dim=-1, keepdim=True).sqrt()
-    gain = torch.where(rms > 1e-9, 0.1 / rms.clamp(min=1e-9), torch.ones_like(rms))
+    gain = torch.where(rms > 1e-9, TARGET_RMS / rms.clamp(min=1e-9), torch.ones_like(rms))
     return (waves.double() * gain).to(waves.dtype)
 
 
-def parameter_groups(model: SFCAVP, *, lr: float, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: SFCAVP, weight_decay: float) -> list[dict[str, object]]:
     """Optimiser groups: weight decay on matrices and kernels, none on norms, biases and the learned scales."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     return [
-        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
-        {"params": rest, "lr": lr, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
     ]
 
-
-SizeName = Literal["tiny", "base"]

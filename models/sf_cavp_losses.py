@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from models.crops import CropPlan, cut, plan_crops
+from models.crops import cut, plan_crops
 from models.hard_negatives import EDIT_DRAWS, JOIN_DRAWS, apply_gain, edit_sound, join_two_clips
 from models.sf_cavp import MEL_STRIDE, SFCAVP, Streams, clip_vector, normalise_loudness, offset_similarity
 

@@ -23,8 +23,12 @@ ARTIFACTS = "artifacts"
 CHILDREN = "children"
 SHIPPED = "shipped.json"
 HIDDEN = "<hidden>"
+TAIL_BYTES = 4096
+"""More than a closing record needs."""
 
-_SECRET_NAME = re.compile(r"token|secret|passw|credential|api_?key|access_?key|private_?key|authorization", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"token|secret|passw|credential|api_?key|access_?key|private_?key|authorization", re.IGNORECASE
+)
 _URI_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 _BAD_NAME = re.compile(r"[^\w.\- :/]", re.ASCII)
 
@@ -83,6 +87,18 @@ def read_lines(folder: Path, start: int = 0) -> Iterator[Line]:
                 return
             start += len(raw)
             yield Line(_parse(raw), start)
+
+
+def is_closed(folder: Path) -> bool:
+    """Whether the last record says that the run has ended; looks at the end of the file only."""
+    path = folder / JOURNAL
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = file.read().splitlines()
+    record = _parse(lines[-1]) if lines else None
+    return record is not None and record["kind"] == "close"
 
 
 def _parse(raw: bytes) -> Record | None:

@@ -3,9 +3,10 @@
     python -m pipelines.tracking_ship launch JOURNAL PARENT_PID     while a launch runs, and until all is shipped
     python -m pipelines.tracking_ship replay FOLDER                 once, every journal below a folder
 
-The store is `MLFLOW_TRACKING_URI`, else `--store`. Delivery is at least once and its effect exactly once: the position
-is recorded after a batch is in the store, a batch sent twice has the same timestamps and MLflow keeps one of two equal
-metrics, an artifact overwrites itself, and a run is found again by its journal's id before one is created.
+The store is `MLFLOW_TRACKING_URI`, which whoever starts this sets. Delivery is at least once and its effect exactly
+once: the position is recorded after a batch is in the store, a batch sent twice has the same timestamps and MLflow
+keeps one of two equal metrics, an artifact overwrites itself, and a run is found again by its journal's id before one
+is created.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from pipelines.tracking_journal import (
     ARTIFACTS,
     JOURNAL,
     Record,
-    Shipped,
     children_of,
+    is_closed,
     load_shipped,
     read_lines,
     save_shipped,
@@ -111,7 +112,9 @@ class Store:
     def find_run(self, journal_id: str) -> str | None:
         """Id of the run that carries a journal's id, None when there is none."""
         if journal_id not in self._runs:
-            runs = self.client.search_runs([self.experiment_id()], f"tags.`{JOURNAL_TAG}` = '{journal_id}'", max_results=1)
+            runs = self.client.search_runs(
+                [self.experiment_id()], f"tags.`{JOURNAL_TAG}` = '{journal_id}'", max_results=1
+            )
             if runs:
                 self._runs[journal_id] = runs[0].info.run_id
         return self._runs.get(journal_id)
@@ -157,10 +160,7 @@ class JournalShipper:
 
     def finish(self, status: str) -> None:
         """Mark a run whose writer ended without closing it."""
-        last = None
-        for line in read_lines(self._folder):
-            last = line.record if line.record is not None else last
-        if self._state.run_id is not None and last is not None and last["kind"] != "close":
+        if self._state.run_id is not None and not is_closed(self._folder):
             self._store.client.set_terminated(self._state.run_id, status=status)
 
     def note(self, error: str) -> None:
@@ -199,6 +199,9 @@ class JournalShipper:
         """Handle one record; what the store calls invalid is counted and passed over."""
         from mlflow.exceptions import MlflowException
 
+        if record["kind"] == "open":
+            # Without a run nothing else can follow: this one must get through.
+            self._open(record)
         try:
             self._handle(record)
         except MlflowException as error:
@@ -207,17 +210,16 @@ class JournalShipper:
             self._refuse(record, error)
 
     def _refuse(self, record: Record, error: Exception) -> None:
-        sys.stderr.write(f"refused by {type(self._store).__name__}: {record['kind']}: {error}\n")
+        sys.stderr.write(f"refused: {record['kind']}: {error}\n")
         self._save(refused=self._state.refused + 1)
 
     def _handle(self, record: Record) -> None:
         kind = record["kind"]
         if kind == "open":
-            self._open(record)
+            self._names(record["params"], tags=False)
+            self._names(record["tags"], tags=True)
         elif kind == "tags":
             self._names(record["values"], tags=True)
-        elif kind == "metrics":
-            self._metrics([record])
         elif kind == "artifact":
             parent = str(Path(record["artifact"]).parent)
             local = self._folder / ARTIFACTS / record["stored"]
@@ -232,8 +234,6 @@ class JournalShipper:
         else:
             self._store.client.update_run(run_id, status="RUNNING")
         self._save(run_id=run_id)
-        self._names(record["params"], tags=False)
-        self._names(record["tags"], tags=True)
 
     def _parent_id(self, record: Record) -> str | None:
         if record["parent"] is None:
@@ -314,10 +314,7 @@ def ship_journal(store: Store, folder: Path, *, orphan: bool, status_if_open: st
 
 def has_ended(launch: Path, parent_pid: int) -> bool:
     """Whether the launch was closed by its present attempt, or its process is gone."""
-    last = None
-    for line in read_lines(launch):
-        last = line.record if line.record is not None else last
-    return os.getppid() != parent_pid or (last is not None and last["kind"] == "close")
+    return os.getppid() != parent_pid or is_closed(launch)
 
 
 def follow_launch(store: Store, launch: Path, parent_pid: int) -> int:
@@ -360,12 +357,11 @@ def main() -> int:
     parser.add_argument("mode", choices=("launch", "replay"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("parent_pid", type=int, nargs="?", default=0)
-    parser.add_argument("--store", default="")
     given = parser.parse_args()
     for name, value in SHIPPER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.nice(NICENESS)
-    store = Store(os.environ.get("MLFLOW_TRACKING_URI") or given.store)
+    store = Store(os.environ["MLFLOW_TRACKING_URI"])
     if given.mode == "replay":
         return replay(store, given.folder)
     return follow_launch(store, given.folder, given.parent_pid)

@@ -7,6 +7,7 @@ Frame i shows the instant i / 16 s; nothing is drawn that depends on the encoder
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -45,7 +46,7 @@ _FALL_PX_S2 = 900.0
 _NOISE_AMPLITUDE = 0.002
 
 _Y, _X = np.mgrid[0:FRAME_PX, 0:FRAME_PX].astype(np.float32)
-_TIMES_S = np.arange(NUM_FRAMES) / FRAME_RATE_HZ
+_frame_times_s = np.arange(NUM_FRAMES) / FRAME_RATE_HZ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,8 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 def _draw_distractor(frames: np.ndarray, rng: np.random.Generator) -> None:
     """A grey disc that wanders and makes no sound."""
     phase, turns = rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.3, 0.9, 2)
-    x = 32 + 24 * np.sin(phase[0] + 2 * np.pi * turns[0] * _TIMES_S)
-    y = 30 + 20 * np.sin(phase[1] + 2 * np.pi * turns[1] * _TIMES_S)
+    x = 32 + 24 * np.sin(phase[0] + 2 * np.pi * turns[0] * _frame_times_s)
+    y = 30 + 20 * np.sin(phase[1] + 2 * np.pi * turns[1] * _frame_times_s)
     grey = np.full(3, rng.uniform(110, 150), np.float32)
     _draw_discs(frames, x, y, rng.uniform(3.0, 4.5), grey, np.ones(NUM_FRAMES))
 
@@ -114,12 +115,12 @@ def _add_ball(frames: np.ndarray, wave: np.ndarray, count: int, rng: np.random.G
     touches = first + np.concatenate([[0.0], np.cumsum(gaps)])
     floor, x0, roll = rng.uniform(50, 58), rng.uniform(14, 50), rng.uniform(-14, 14)
     height = np.zeros(NUM_FRAMES)
-    before = _TIMES_S < touches[0]
-    height[before] = 0.5 * _FALL_PX_S2 * (touches[0] - _TIMES_S[before]) ** 2
-    for start, end in zip(touches[:-1], touches[1:], strict=True):
-        inside = (_TIMES_S >= start) & (_TIMES_S < end)
-        height[inside] = 0.5 * _FALL_PX_S2 * (_TIMES_S[inside] - start) * (end - _TIMES_S[inside])
-    x = x0 + roll * (_TIMES_S - touches[0])
+    before = _frame_times_s < touches[0]
+    height[before] = 0.5 * _FALL_PX_S2 * (touches[0] - _frame_times_s[before]) ** 2
+    for start, end in pairwise(touches):
+        inside = (_frame_times_s >= start) & (_frame_times_s < end)
+        height[inside] = 0.5 * _FALL_PX_S2 * (_frame_times_s[inside] - start) * (end - _frame_times_s[inside])
+    x = x0 + roll * (_frame_times_s - touches[0])
     radius = rng.uniform(4.5, 5.5)
     _draw_discs(frames, x, floor - radius - height, radius, np.array(_RGB[variant], np.float32), np.ones(NUM_FRAMES))
     for touch in touches:
@@ -136,7 +137,9 @@ def _add_lamp(frames: np.ndarray, wave: np.ndarray, count: int, rng: np.random.G
     light = np.full(NUM_FRAMES, 0.18)
     for start, duration in zip(starts, durations, strict=True):
         # The share of a frame's own sixteenth of a second, centred on it, in which the lamp is lit.
-        overlap = np.minimum(_TIMES_S * 16 + 0.5, (start + duration) * 16) - np.maximum(_TIMES_S * 16 - 0.5, start * 16)
+        overlap = np.minimum(_frame_times_s * 16 + 0.5, (start + duration) * 16) - np.maximum(
+            _frame_times_s * 16 - 0.5, start * 16
+        )
         light += 0.82 * np.clip(overlap, 0, 1)
         _add_sound(wave, start, _beep(LAMP_PITCH_HZ[variant], duration, rng))
     still = np.ones(NUM_FRAMES)
@@ -154,8 +157,8 @@ def _add_bar(frames: np.ndarray, wave: np.ndarray, count: int, rng: np.random.Ge
     top, height = rng.integers(20, 30), rng.integers(12, 18)
     colour = rng.uniform(150, 210, 3).astype(np.float32)
     for start, direction in zip(starts, directions, strict=True):
-        for i in np.flatnonzero((_TIMES_S >= start) & (_TIMES_S < start + BAR_DURATION_S)):
-            progress = (_TIMES_S[i] - start) / BAR_DURATION_S
+        for i in np.flatnonzero((_frame_times_s >= start) & (_frame_times_s < start + BAR_DURATION_S)):
+            progress = (_frame_times_s[i] - start) / BAR_DURATION_S
             x = FRAME_PX * (progress if direction == "right" else 1 - progress)
             cover = np.clip(3.5 - np.abs(_X[0] - x), 0, 1)[None, :, None]
             strip = frames[i, top : top + height]
@@ -208,12 +211,12 @@ def _ping(pitch_hz: float, rng: np.random.Generator) -> np.ndarray:
     """A tone that decays by 1/e every 55 ms."""
     t = np.arange(round(0.35 * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
     tone = np.sin(2 * np.pi * pitch_hz * t) * np.exp(-t / 0.055)
-    return rng.uniform(0.3, 0.42) * tone * _fade(t, 0.005, 0.02)
+    return rng.uniform(0.22, 0.32) * tone * _fade(t, 0.005, 0.02)
 
 
 def _beep(pitch_hz: float, duration_s: float, rng: np.random.Generator) -> np.ndarray:
     t = np.arange(round(duration_s * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
-    return rng.uniform(0.14, 0.2) * np.sin(2 * np.pi * pitch_hz * t) * _fade(t, 0.005, 0.008)
+    return rng.uniform(0.11, 0.16) * np.sin(2 * np.pi * pitch_hz * t) * _fade(t, 0.005, 0.008)
 
 
 def _sweep(direction: str, rng: np.random.Generator) -> np.ndarray:
@@ -228,7 +231,7 @@ def _sweep(direction: str, rng: np.random.Generator) -> np.ndarray:
     narrow = np.array([np.convolve(w, kernel, mode="valid") for w in white]) / np.linalg.norm(kernel)
     phase = 2 * np.pi * np.cumsum(centre_hz) / SAMPLE_RATE_HZ
     noise = narrow[0] * np.cos(phase) - narrow[1] * np.sin(phase)
-    return rng.uniform(0.08, 0.11) * noise * _fade(t, 0.01, 0.015)
+    return rng.uniform(0.065, 0.09) * noise * _fade(t, 0.01, 0.015)
 
 
 def _fade(t: np.ndarray, attack_s: float, release_s: float) -> np.ndarray:

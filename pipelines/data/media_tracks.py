@@ -38,6 +38,7 @@ class WindowClock:
     """The time stamp of t = 0, seconds."""
 
     def time_s(self, pts: int, time_base: Fraction) -> float:
+        """Seconds of the window of a time stamp in units of `time_base`."""
         return float(pts * time_base - self.zero)
 
 
@@ -58,6 +59,7 @@ class PictureTrack:
 
     @property
     def frames(self) -> tuple[np.ndarray, ...]:
+        """uint8 [num_frames, size_px, size_px, 3] of every grid, in the request's order."""
         return tuple(sampler.frames for sampler in self._samplers)
 
     @property
@@ -67,9 +69,11 @@ class PictureTrack:
 
     @property
     def started_late(self) -> bool:
+        """Whether the first thing decoded lies after the window's start."""
         return self._first_s is not None and self._first_s > 0
 
     def take(self, frames: Iterable[object]) -> None:
+        """Take what one packet was decoded to."""
         for frame in frames:
             if not isinstance(frame, VideoFrame):
                 continue
@@ -149,17 +153,21 @@ class SoundTrack:
 
     @property
     def samples(self) -> np.ndarray | None:
+        """float32 [margin + window + margin] at `rate_hz`; None before any sound was decoded."""
         return None if self._timeline is None else self._timeline.samples
 
     @property
     def done(self) -> bool:
+        """Whether the window and its margin have been passed."""
         return self._timeline is not None and self._timeline.done
 
     @property
     def started_late(self) -> bool:
+        """Whether the first thing decoded lies after the window's start."""
         return self._first_s is not None and self._first_s > 0
 
     def take(self, frames: Iterable[object]) -> None:
+        """Take what one packet was decoded to."""
         for frame in frames:
             if not isinstance(frame, AudioFrame) or frame.samples == 0:
                 continue

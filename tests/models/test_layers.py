@@ -43,9 +43,7 @@ def test_qk_norm_uses_the_epsilon_of_float32_for_small_bf16_values_too() -> None
     x = torch.randn(2, 3, 4, 32, generator=torch.Generator().manual_seed(0)) * 1e-2
     normed = HeadRMSNorm(32).to(torch.bfloat16)(x.to(torch.bfloat16))
     assert normed.dtype == torch.float32
-    torch.testing.assert_close(
-        normed.square().mean(-1), torch.ones(2, 3, 4), rtol=0, atol=0.01
-    )
+    torch.testing.assert_close(normed.square().mean(-1), torch.ones(2, 3, 4), rtol=0, atol=0.01)
 
 
 def test_modulation_splits_the_condition_in_order_shift_first() -> None:

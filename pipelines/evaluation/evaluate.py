@@ -1,0 +1,148 @@
+"""Scores of one subject on one split: sample with fixed noise, decode, and measure each clip; a stage.
+
+The noise is a function of (seed, clip, candidate) alone, so every model is asked the same question and comparisons are
+paired. The reward is measured here beside measures that share nothing with it: the detector against the known events,
+the log-mel distance, and simple audio statistics.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from models.codec import build_codec
+from models.policy import CONFIG_FILE, KIND, Policy
+from models.reward import Reward
+from models.spec import SPECS
+from models.weights import load_config
+from pipelines.data.contracts import FEATURES, SCORES
+from pipelines.data.store import Dataset, dataset_manifest, open_files
+from pipelines.data.units import run_units
+from pipelines.errors import InputError
+from pipelines.evaluation.measuring import ClipMeasurer, EvaluationWorker
+from pipelines.evaluation.scores import ClipScores
+from pipelines.evaluation.subjects import EvaluationSettings, plan_units
+from pipelines.evaluation.summary import summarise
+from pipelines.stage import Outcome, StageContext, run_stage
+
+STAGE = "evaluate"
+CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationInputs:
+    """The artifacts an evaluation reads."""
+
+    features: str
+    reward: str
+    policy: str | None
+    """None where nothing is sampled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeWorker:
+    """Builds a worker inside an actor; picklable."""
+
+    inputs: EvaluationInputs
+    settings: EvaluationSettings
+
+    def __call__(self) -> EvaluationWorker:
+        """Load the models onto this actor's device."""
+        device = worker_device()
+        features = Dataset.open(self.inputs.features, FEATURES)
+        reward, _ = open_files(self.inputs.reward, CHECKPOINT)
+        policy = None
+        if self.inputs.policy is not None:
+            folder, _ = open_files(self.inputs.policy, CHECKPOINT)
+            policy = Policy.load(folder.local_path(), device)
+        measurer = ClipMeasurer(
+            policy=policy,
+            reward=Reward.load(reward.local_path(), device),
+            codec=build_codec(features.spec.name, device),
+            spec=features.spec,
+            settings=self.settings,
+            device=device,
+        )
+        return EvaluationWorker(features, measurer)
+
+
+def evaluate(
+    inputs: EvaluationInputs,
+    settings: EvaluationSettings,
+    *,
+    out: str,
+    num_workers: int,
+    num_gpus: float = 0.0,
+    options_yaml: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Write the scores dataset at `out`; killed and called again it goes on where it was.
+
+    Raises:
+        InputError: an input is missing or does not fit the others, or the split has no clips.
+    """
+    features = Dataset.open(inputs.features, FEATURES)
+    fingerprints = {"features": features.fingerprint, "reward": open_files(inputs.reward, CHECKPOINT)[1]["fingerprint"]}
+    if settings.needs_policy:
+        fingerprints["policy"] = _check_policy(inputs.policy, features)
+    units = plan_units(features, settings)
+
+    def body(context: StageContext) -> None:
+        run_units(
+            units,
+            factory=MakeWorker(inputs=inputs, settings=settings),
+            contract=SCORES,
+            spec=features.spec,
+            out=context.out,
+            num_workers=num_workers,
+            num_gpus=num_gpus,
+            label=f"{STAGE} {settings.subject}",
+        )
+        context.finish(dataset_manifest(context.folder, SCORES, features.spec))
+
+    return run_stage(
+        name=STAGE,
+        config=settings.affecting_bytes(),
+        inputs=fingerprints,
+        out=out,
+        body=body,
+        version=SCORES.version,
+        options_yaml=options_yaml,
+        say=say,
+    )
+
+
+def _check_policy(location: str | None, features: Dataset) -> str:
+    """The policy's fingerprint; raises InputError where it is not for the features' clips."""
+    if location is None:
+        raise InputError("--policy is missing: this subject samples from one")
+    folder, manifest = open_files(location, CHECKPOINT)
+    try:
+        spec_name = load_config(folder.local_path(CONFIG_FILE), KIND).get("spec")
+    except ValueError as error:
+        raise InputError(f"{location} is not a policy: {error}") from error
+    if features.spec != SPECS.get(str(spec_name)):
+        raise InputError(
+            f"{location} is a policy for clips of spec '{spec_name}', {features.folder.uri} has clips of "
+            f"'{features.spec.name}' of {features.spec.duration_s:g} s; give features made for that policy"
+        )
+    return manifest["fingerprint"]
+
+
+def read_scores(location: str) -> tuple[ClipScores, dict[str, Any]]:
+    """A finished evaluation as arrays, and its manifest.
+
+    Raises:
+        InputError: not there, not finished, or without a single clip.
+    """
+    dataset = Dataset.open(location, SCORES)
+    if dataset.num_rows() == 0:
+        raise InputError(f"{dataset.folder.uri} has no scored clips; look at its rejects")
+    columns = [column.name for column in SCORES.columns if column.name != "audio"]
+    return ClipScores.from_table(dataset.read(columns)), dict(dataset.manifest)
+
+
+def measures(location: str) -> dict[str, float]:
+    """The value of each metric of a finished evaluation, by name; a metric that it does not have is absent."""
+    scores, _ = read_scores(location)
+    summary = summarise({"subject": scores}, num_resamples=1)
+    return {name: estimate.value for name, estimate in summary.estimates["subject"].items()}

@@ -1,0 +1,217 @@
+"""The report: score tables as text and JSON, and one self-contained page to listen to every subject on the same clips."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.data.contracts import FEATURES, SCORES
+from pipelines.data.store import Dataset, files_manifest
+from pipelines.errors import InputError
+from pipelines.evaluation.cards import ClipMedia, Sound, page_clip
+from pipelines.evaluation.evaluate import read_scores
+from pipelines.evaluation.listening_page import Page
+from pipelines.evaluation.plots import reward_against_score, reward_histogram
+from pipelines.evaluation.ranking_quality import BestOfN, best_of_n
+from pipelines.evaluation.scores import ClipScores
+from pipelines.evaluation.summary import Summary, summarise
+from pipelines.evaluation.tables import best_of_n_text, plain_text
+from pipelines.preferences.pairs import stable_seed
+from pipelines.stage import Outcome, StageContext, run_stage
+
+STAGE = "report"
+KIND = "report"
+PAGE, TABLE, SUMMARY = "index.html", "table.txt", "summary.json"
+TRUTH_COLUMNS = ("clip_id", "caption", "events", "frames", "audio", "duration_s")
+SOUND_COLUMNS = (
+    "clip_id",
+    "reward",
+    "offset_s",
+    "invalid_reason",
+    "num_events",
+    "num_detected",
+    "num_matched",
+    "num_class_matched",
+    "mel_distance",
+    "audio",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """What the report shows; every field affects its bytes."""
+
+    labels: tuple[str, ...]
+    """A name for each scores dataset; the first is what the others are compared with."""
+    num_clips: int
+    """Clips on the listening page."""
+    clip_ids: tuple[str, ...]
+    """These clips first, whatever their lot."""
+    num_resamples: int
+    title: str
+
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) != len(self.labels) or not all(self.labels):
+            raise InputError(f"--labels {' '.join(self.labels)}: give each scores dataset a name of its own")
+        if self.num_clips < 0 or self.num_resamples < 1:
+            raise InputError("--num-clips must not be negative and --num-resamples must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """One scores dataset, opened."""
+
+    label: str
+    dataset: Dataset
+    scores: ClipScores
+
+    @property
+    def is_truth(self) -> bool:
+        """Whether these are the scores of the real sounds."""
+        return self.dataset.manifest["config"]["subject"] == "ground_truth"
+
+
+def write_report(
+    features: str,
+    scores: Sequence[str],
+    settings: ReportSettings,
+    *,
+    out: str,
+    options_yaml: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Write `index.html`, `table.txt` and `summary.json` at `out`.
+
+    Raises:
+        InputError: scores of other features or of other clips, a label too many or too few, an unknown clip id.
+    """
+    if len(scores) != len(settings.labels) or not scores:
+        raise InputError(f"{len(scores)} --scores and {len(settings.labels)} --labels; give one label for each")
+    dataset = Dataset.open(features, FEATURES)
+    subjects = [_open(label, place, dataset) for label, place in zip(settings.labels, scores, strict=True)]
+    by_label = {subject.label: subject.scores for subject in subjects}
+    summary = summarise(by_label, num_resamples=settings.num_resamples)
+    clip_ids = choose_clips(subjects[0].scores.clip_ids, settings)
+
+    def body(context: StageContext) -> None:
+        curves = {
+            label: best_of_n(s, num_resamples=settings.num_resamples)
+            for label, s in by_label.items()
+            if s.num_candidates > 1
+        }
+        page = _page(dataset, subjects, settings, summary, curves, clip_ids)
+        context.folder.write_bytes(PAGE, page.to_html().encode())
+        context.folder.write_bytes(TABLE, table_text(summary, curves).encode())
+        context.folder.write_bytes(SUMMARY, _summary_json(summary, curves))
+        context.finish({"kind": KIND, "files": files_manifest(context.folder, [PAGE, TABLE, SUMMARY])})
+
+    return run_stage(
+        name=STAGE,
+        config=vars(settings),
+        inputs={
+            "features": dataset.fingerprint,
+            **{f"scores {subject.label}": subject.dataset.fingerprint for subject in subjects},
+        },
+        out=out,
+        body=body,
+        options_yaml=options_yaml,
+        say=say,
+    )
+
+
+def _open(label: str, location: str, features: Dataset) -> _Subject:
+    dataset = Dataset.open(location, SCORES)
+    made_from = dataset.manifest["inputs"].get("features")
+    if made_from != features.fingerprint:
+        raise InputError(
+            f"{location} was made from other features (fingerprint {str(made_from)[:12]}) than "
+            f"{features.folder.uri} ({features.fingerprint[:12]}); give those of the evaluation"
+        )
+    return _Subject(label=label, dataset=dataset, scores=read_scores(location)[0])
+
+
+def table_text(summary: Summary, curves: Mapping[str, BestOfN]) -> str:
+    """The tables as plain text."""
+    return "\n".join([plain_text(summary), *(best_of_n_text(label, curve) for label, curve in curves.items())])
+
+
+def _summary_json(summary: Summary, curves: Mapping[str, BestOfN]) -> bytes:
+    content = {**summary.to_json(), "best_of_n": {label: curve.to_json() for label, curve in curves.items()}}
+    return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def choose_clips(clip_ids: Sequence[str], settings: ReportSettings) -> list[str]:
+    """The clips to show: those asked for, then by a hash of their id, so that no number decides what is heard.
+
+    Raises:
+        InputError: a clip that was asked for was not scored.
+    """
+    unknown = set(settings.clip_ids) - set(clip_ids)
+    if unknown:
+        raise InputError(f"--clip-ids: {min(unknown)!r} is not among the {len(clip_ids)} scored clips")
+    lots = sorted(clip_ids, key=lambda clip_id: stable_seed("listening page", clip_id))
+    return list(dict.fromkeys([*settings.clip_ids, *lots]))[: max(settings.num_clips, len(settings.clip_ids))]
+
+
+def _page(
+    features: Dataset,
+    subjects: Sequence[_Subject],
+    settings: ReportSettings,
+    summary: Summary,
+    curves: Mapping[str, BestOfN],
+    clip_ids: Sequence[str],
+) -> Page:
+    truths = read_clips(features, clip_ids, TRUTH_COLUMNS)
+    rows = {subject.label: read_clips(subject.dataset, clip_ids, SOUND_COLUMNS) for subject in subjects}
+    clips = [
+        page_clip(
+            ClipMedia(row=truths[clip_id], sample_rate_hz=features.spec.sample_rate_hz, frame_rate_hz=16),
+            [Sound(label=s.label, row=rows[s.label][clip_id], is_truth=s.is_truth) for s in subjects],
+        )
+        for clip_id in clip_ids
+    ]
+    by_label = {subject.label: subject.scores for subject in subjects}
+    splits = sorted({str(subject.dataset.manifest["config"]["split"]) for subject in subjects})
+    chosen = "those asked for, then by a hash of their id" if settings.clip_ids else "by a hash of their id"
+    return Page(
+        title=settings.title,
+        about=f"{summary.num_clips} clips of split {', '.join(splits)}, {len(subjects)} subjects, spec {features.spec.name}",
+        choice=f"{len(clips)} of {summary.num_clips} clips, chosen {chosen}, not by any score.",
+        summary=summary,
+        best_of_n=curves,
+        plots_svg=[reward_histogram(by_label), reward_against_score(by_label)],
+        clips=clips,
+        lineage={
+            "features": features.fingerprint[:12],
+            **{f"scores of {s.label}": _lineage(s.dataset.manifest) for s in subjects},
+        },
+    )
+
+
+def _lineage(manifest: Mapping[str, Any]) -> str:
+    config = ", ".join(f"{name} {value}" for name, value in manifest["config"].items())
+    inputs = ", ".join(f"{role} {fingerprint[:12]}" for role, fingerprint in manifest["inputs"].items())
+    return f"{manifest['fingerprint'][:12]}: {config}; from {inputs}"
+
+
+def read_clips(dataset: Dataset, clip_ids: Sequence[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Rows of some clips by id; whole columns are read only of the row groups that hold one of them.
+
+    Raises:
+        InputError: a clip is not in the dataset.
+    """
+    wanted = set(clip_ids)
+    rows: dict[str, dict[str, Any]] = {}
+    for part in dataset.parts:
+        for index in range(len(part.row_groups)):
+            here = wanted.intersection(dataset.read_row_group(part, index, ["clip_id"])["clip_id"].to_pylist())
+            if here:
+                table = dataset.read_row_group(part, index, columns)
+                chosen = pa.array([clip_id in here for clip_id in table["clip_id"].to_pylist()])
+                rows |= {row["clip_id"]: row for row in table.filter(chosen).to_pylist()}
+    lost = wanted - set(rows)
+    if lost:
+        raise InputError(f"{dataset.folder.uri} has no clip {min(lost)!r}; its scores were made from other features")
+    return rows
