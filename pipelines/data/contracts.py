@@ -272,6 +272,12 @@ SCORES = Contract(
             nullable=True,
         ),
         Column(
+            name="fm_loss",
+            type=_plain(pa.float32()),
+            doc="flow-matching error of the policy on the clip's real sound; null where no policy is scored",
+            nullable=True,
+        ),
+        Column(
             name="candidates",
             type=_plain(pa.list_(CANDIDATE_STRUCT)),
             doc="seed, rewards and independent measures of every candidate; the first is the row's own sound",

@@ -79,8 +79,8 @@ def render_clip(seed: int, index: int) -> DemoClip:
     for kind in kinds:
         count = int(rng.choice(3, p=_COUNT_ODDS)) + 1
         events += _OBJECTS[str(kind)](frames, wave, count, rng)
-    noise = np.frombuffer(rng.bytes(frames.size), np.uint8).reshape(frames.shape) & 15
-    frames += noise - np.float32(7.5)
+    noise = np.frombuffer(rng.bytes(frames.size), np.uint8).reshape(frames.shape) & 7
+    frames += noise - np.float32(3.5)
     return DemoClip(
         frames=np.clip(frames, 0, 255).astype(np.uint8),
         wave=np.clip(wave, -0.99, 0.99),

@@ -1,5 +1,6 @@
 """One clip's rows -> what the listening page shows of it: small videos with sound, spectrograms, marks, numbers."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from pipelines.data.demo_world import Event
+from pipelines.data.frames import decode_frames
+from pipelines.data.media_write import decode_flac, write_mp4
 from pipelines.evaluation.detector import detect
 from pipelines.evaluation.listening_page import Mark, PageClip, PageSound
 from pipelines.evaluation.marks import mark_events
@@ -60,7 +63,7 @@ def page_clip(clip: ClipMedia, sounds: Sequence[Sound]) -> PageClip:
                 label,
                 row,
                 is_truth=index == 0,
-                video_mp4=encode_mp4(frames, clip.frame_rate_hz, wave, clip.sample_rate_hz),
+                video_mp4=_mp4(frames, clip, wave),
                 spectrogram=spectrogram_png(decibels[index], loudest_db),
                 marks=_marks(events, wave, clip.sample_rate_hz),
             )
@@ -77,6 +80,12 @@ def enlarge(frames: np.ndarray) -> np.ndarray:
     if size == (width, height):
         return frames
     return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.LANCZOS)) for f in frames])
+
+
+def _mp4(frames: np.ndarray, clip: ClipMedia, wave: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    write_mp4(sink, frames, clip.frame_rate_hz, wave, clip.sample_rate_hz)
+    return sink.getvalue()
 
 
 def _marks(events: list[Event] | None, wave: np.ndarray, rate_hz: int) -> tuple[tuple[Mark, ...], tuple[Mark, ...]]:

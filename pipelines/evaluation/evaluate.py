@@ -7,6 +7,7 @@ the log-mel distance, and simple audio statistics.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
 from models.codec import build_codec
@@ -14,18 +15,19 @@ from models.policy import CONFIG_FILE, KIND, Policy
 from models.reward import Reward
 from models.spec import SPECS
 from models.weights import load_config
+from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, SCORES
-from pipelines.data.store import Dataset, dataset_manifest, open_files
+from pipelines.data.store import Dataset, dataset_manifest, open_files, read_manifest
 from pipelines.data.units import run_units
-from pipelines.errors import InputError
+from pipelines.errors import InputError, Refused
 from pipelines.evaluation.measuring import ClipMeasurer, EvaluationWorker
 from pipelines.evaluation.scores import ClipScores
 from pipelines.evaluation.subjects import EvaluationSettings, plan_units
 from pipelines.evaluation.summary import summarise
+from pipelines.preferences.generation import CHECKPOINT, worker_device
 from pipelines.stage import Outcome, StageContext, run_stage
 
 STAGE = "evaluate"
-CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,7 @@ def evaluate(
     out: str,
     num_workers: int,
     num_gpus: float = 0.0,
+    max_reject_rate: float = 0.05,
     options_yaml: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
@@ -79,6 +82,7 @@ def evaluate(
 
     Raises:
         InputError: an input is missing or does not fit the others, or the split has no clips.
+        Refused: too many clips were rejected; the dataset is there to be looked at.
     """
     features = Dataset.open(inputs.features, FEATURES)
     fingerprints = {"features": features.fingerprint, "reward": open_files(inputs.reward, CHECKPOINT)[1]["fingerprint"]}
@@ -87,19 +91,20 @@ def evaluate(
     units = plan_units(features, settings)
 
     def body(context: StageContext) -> None:
-        run_units(
-            units,
-            factory=MakeWorker(inputs=inputs, settings=settings),
-            contract=SCORES,
-            spec=features.spec,
-            out=context.out,
-            num_workers=num_workers,
-            num_gpus=num_gpus,
-            label=f"{STAGE} {settings.subject}",
-        )
+        with connect() if num_workers else nullcontext():
+            run_units(
+                units,
+                factory=MakeWorker(inputs=inputs, settings=settings),
+                contract=SCORES,
+                spec=features.spec,
+                out=context.out,
+                num_workers=num_workers,
+                num_gpus=num_gpus,
+                label=f"{STAGE} {settings.subject}",
+            )
         context.finish(dataset_manifest(context.folder, SCORES, features.spec))
 
-    return run_stage(
+    outcome = run_stage(
         name=STAGE,
         config=settings.affecting_bytes(),
         inputs=fingerprints,
@@ -109,6 +114,13 @@ def evaluate(
         options_yaml=options_yaml,
         say=say,
     )
+    counts = read_manifest(out, kind="dataset")["counts"]
+    if counts["rejected"] > max_reject_rate * counts["in"]:
+        raise Refused(
+            f"{out}: {counts['rejected']} of {counts['in']} clips were rejected, more than --max-reject-rate "
+            f"{max_reject_rate:g}; look at its rejects, then repair the features or raise the rate"
+        )
+    return outcome
 
 
 def _check_policy(location: str | None, features: Dataset) -> str:

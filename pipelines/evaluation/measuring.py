@@ -14,18 +14,22 @@ from models.reward import Reward, RewardScore
 from models.spec import ClipSpec
 from pipelines.data.contracts import REJECTS, SCORES, column_to_numpy, table_from_rows
 from pipelines.data.demo_world import Event
+from pipelines.data.frames import decode_frames
+from pipelines.data.media_write import decode_flac, encode_flac
 from pipelines.data.store import Dataset
 from pipelines.data.units import Unit
 from pipelines.errors import MediaError
 from pipelines.evaluation.detector import BANDS, MatchCounts, detect, match
 from pipelines.evaluation.detector import SAMPLE_RATE_HZ as DETECTOR_RATE_HZ
-from pipelines.evaluation.metrics import audio_statistics, diversity, log_mel_distance
+from pipelines.evaluation.metrics import MelMeasure, audio_statistics, diversity, log_mel_distance
+from pipelines.evaluation.real_data_loss import real_data_loss
 from pipelines.evaluation.subjects import EVALUATION_ROUND, EvaluationSettings
 from pipelines.preferences.candidates import ConditionRow, candidate_seeds, sample_candidates
 from pipelines.preferences.ranking import NONFINITE, Ranker, invalid_score, reward_struct
 
 STAGE = "evaluate"
 CONDITIONS = ("clip_features", "sync_features", "text_features")
+NO_REWARD = {"total": None, "semantic": None, "temporal": None}
 COLUMNS = ("clip_id", "source", "split", "events", "frames", "audio", "latent_mean", *CONDITIONS)
 
 
@@ -49,6 +53,7 @@ class ClipMeasurer:
         self._settings = settings
         self._ranker = Ranker(reward, codec, spec.sample_rate_hz, device)
         self._device = device
+        self._mel = MelMeasure(spec.name)
 
     def row(self, clip: dict[str, Any], conditions: ConditionRow) -> dict[str, Any]:
         """A features row, and the conditions that the policy is given -> a row of the scores contract.
@@ -60,9 +65,15 @@ class ClipMeasurer:
         seeds, waves, finite = self._sounds(clip, truth, conditions)
         rewards = self._rewards(clip["frames"], waves, finite)
         events = known_events(clip["events"], rate_hz)
+        pictures, truth_picture = self._mel.picture(waves), self._mel.picture(truth)
         candidates = [
-            self._candidate(seed, wave, truth, reward, events)
-            for seed, wave, reward in zip(seeds, waves, rewards, strict=True)
+            {
+                "seed": seed,
+                **(reward_struct(reward) or NO_REWARD),
+                **_counts(wave, rate_hz, events),
+                "mel_distance": log_mel_distance(picture, truth_picture),
+            }
+            for seed, wave, picture, reward in zip(seeds, waves, pictures, rewards, strict=True)
         ]
         own, reward = candidates[0], rewards[0]
         return {
@@ -74,9 +85,10 @@ class ClipMeasurer:
             "invalid_reason": None if reward.valid else reward.invalid_reason,
             "num_events": None if events is None else len(events),
             **{name: own[name] for name in ("num_detected", "num_matched", "num_class_matched", "mel_distance")},
-            "statistics": audio_statistics(waves[0], rate_hz),
-            "truth_statistics": audio_statistics(truth, rate_hz),
-            "diversity": diversity(waves, rate_hz) if len(waves) > 1 else None,
+            "statistics": audio_statistics(pictures[0]),
+            "truth_statistics": audio_statistics(truth_picture),
+            "diversity": diversity(pictures) if len(pictures) > 1 else None,
+            "fm_loss": self._real_data_loss(clip, conditions),
             "candidates": candidates,
             "audio": encode_flac(waves[0], rate_hz),
         }
@@ -99,21 +111,17 @@ class ClipMeasurer:
             waves[finite.numpy()] = self._codec.decode(latents[finite].to(self._device)).cpu().numpy()
         return seeds, waves, finite.numpy()
 
+    def _real_data_loss(self, clip: dict[str, Any], conditions: ConditionRow) -> float | None:
+        if self._policy is None:
+            return None
+        truth = torch.from_numpy(np.array(clip["latent_mean"]))
+        loss = real_data_loss(self._policy, conditions, truth, seed=self._settings.seed, clip_id=clip["clip_id"])
+        return loss if math.isfinite(loss) else None
+
     def _rewards(self, frames: Sequence[bytes], waves: np.ndarray, finite: np.ndarray) -> list[RewardScore]:
         video = self._ranker.look(decode_frames(frames))
         found = self._reward.score(video, torch.from_numpy(waves).to(self._device), self._spec.sample_rate_hz)
         return [score if good else invalid_score(NONFINITE) for score, good in zip(found, finite, strict=True)]
-
-    def _candidate(
-        self, seed: int, wave: np.ndarray, truth: np.ndarray, reward: RewardScore, events: list[Event] | None
-    ) -> dict[str, Any]:
-        parts = reward_struct(reward) or {"total": None, "semantic": None, "temporal": None}
-        return {
-            "seed": seed,
-            **parts,
-            **_counts(wave, self._spec.sample_rate_hz, events),
-            "mel_distance": log_mel_distance(wave, truth, self._spec.sample_rate_hz),
-        }
 
 
 def known_events(events: list[dict[str, Any]] | None, rate_hz: int) -> list[Event] | None:

@@ -1,4 +1,4 @@
-"""The report: score tables as text and JSON, and one self-contained page to listen to every subject on the same clips."""
+"""The report: score tables as text and JSON, and one self-contained page to hear every subject on the same clips."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -177,7 +177,7 @@ def _page(
     chosen = "those asked for, then by a hash of their id" if settings.clip_ids else "by a hash of their id"
     return Page(
         title=settings.title,
-        about=f"{summary.num_clips} clips of split {', '.join(splits)}, {len(subjects)} subjects, spec {features.spec.name}",
+        about=f"{summary.num_clips} clips of split {', '.join(splits)}, spec {features.spec.name}",
         choice=f"{len(clips)} of {summary.num_clips} clips, chosen {chosen}, not by any score.",
         summary=summary,
         best_of_n=curves,

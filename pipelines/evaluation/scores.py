@@ -37,7 +37,7 @@ class ClipScores:
         counts = set(table["candidates"].combine_chunks().value_lengths().to_pylist())
         if len(counts) > 1:
             raise ContractError(
-                f"scores: clips have {sorted(counts)} candidates; evaluate all clips with one --candidates"
+                f"scores: clips have {sorted(counts)} candidates; evaluate all clips with one --num-candidates"
             )
         return cls(
             clip_ids=clip_ids,

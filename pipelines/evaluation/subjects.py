@@ -35,11 +35,11 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         if self.num_candidates < 1 or self.sampling.num_steps < 1:
-            raise InputError("--candidates and --num-steps must be at least 1")
+            raise InputError("--num-candidates and --num-steps must be at least 1")
         if self.max_clips is not None and self.max_clips < 1:
             raise InputError("--max-clips must be at least 1")
         if self.num_candidates > 1 and not self.needs_policy:
-            raise InputError(f"--subject {self.subject} is one sound a clip; leave --candidates at 1")
+            raise InputError(f"--subject {self.subject} is one sound a clip; leave --num-candidates at 1")
 
     @property
     def needs_policy(self) -> bool:

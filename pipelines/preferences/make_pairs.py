@@ -14,9 +14,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from models.policy import Policy
 from models.reward import RewardScore
 from models.spec import ClipSpec
-from pipelines.data.contracts import FEATURES, PAIRS, REJECTS, column_to_numpy, table_from_rows
+from pipelines.data.contracts import PAIRS, REJECTS, column_to_numpy, table_from_rows
+from pipelines.data.frames import decode_frames
 from pipelines.data.store import Dataset
 from pipelines.data.units import Unit, unit_id
 from pipelines.errors import InputError, MediaError
@@ -36,7 +38,8 @@ from pipelines.preferences.ranking import Ranker, as_contenders, reward_struct
 STAGE = "generate_preferences"
 ROWS_PER_UNIT = 16
 """Clips committed together: what a kill can cost a worker, and the grain of sharing among workers."""
-COLUMNS = ("clip_id", "source", "frames", "clip_features", "sync_features", "text_features", "latent_mean")
+TENSORS = ("clip_features", "sync_features", "text_features", "latent_mean")
+COLUMNS = ("clip_id", "source", "frames", *TENSORS)
 NO_SOUND = "none"
 """Origin of winner and loser where no pair could be formed; its latents are zeros."""
 
@@ -215,9 +218,7 @@ def read_clips(features: Dataset, unit: Unit) -> Iterator[dict[str, Any]]:
         table = tables[place]
         index = table["clip_id"].to_pylist().index(row["clip_id"])
         one = table.slice(index, 1)
-        yield {
-            name: column_to_numpy(one[name])[0] if name in TENSORS else one[name][0].as_py() for name in COLUMNS
-        }
+        yield {name: column_to_numpy(one[name])[0] if name in TENSORS else one[name][0].as_py() for name in COLUMNS}
 
 
 class PairWorker:

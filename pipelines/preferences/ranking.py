@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from models.codec import Codec
-from models.reward import Reward, RewardScore
-from models.sf_cavp import Streams
+from models.reward import Reward, RewardScore, VideoFeatures, refused
 from pipelines.preferences.pairs import Contender
 
 NONFINITE = "nonfinite"
@@ -32,33 +31,26 @@ class Ranker:
         self._device = device
 
     @torch.no_grad()
-    def look(self, frames: np.ndarray) -> Streams:
+    def look(self, frames: np.ndarray) -> VideoFeatures:
         """Video features of one clip's frames, uint8 [T, H, W, 3] at 16 fps; once a clip."""
         video = torch.from_numpy(frames).to(self._device).permute(0, 3, 1, 2).float() / 255
         return self._reward.video_features(video[None])
 
     @torch.no_grad()
-    def score(self, video: Streams, latents: Tensor) -> list[RewardScore]:
+    def score(self, video: VideoFeatures, latents: Tensor) -> list[RewardScore]:
         """Score stored latents [n, N, C] against the picture, in order.
 
         A sound with non-finite latents is invalid (`nonfinite`) and never reaches the codec, whose inversion it
         would otherwise spread over the batch.
         """
         finite = torch.isfinite(latents).all(dim=2).all(dim=1)
-        scores = [invalid_score(NONFINITE) for _ in range(len(latents))]
+        scores = [refused(NONFINITE)] * len(latents)
         if finite.any():
             waves = self._codec.decode(latents[finite].to(self._device))
             found = self._reward.score(video, waves, self._sample_rate_hz)
             for index, score in zip(finite.nonzero().flatten().tolist(), found, strict=True):
                 scores[index] = score
         return scores
-
-
-def invalid_score(reason: str) -> RewardScore:
-    """The score of a sound that could not be judged."""
-    return RewardScore(
-        total=math.nan, semantic=math.nan, temporal=math.nan, offset_s=math.nan, valid=False, invalid_reason=reason
-    )
 
 
 def as_contenders(origins: Sequence[str], scores: Sequence[RewardScore], latents: Tensor) -> list[Contender]:

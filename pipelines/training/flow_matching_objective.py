@@ -18,7 +18,7 @@ from models.mmdit import SIZES
 from models.policy import Policy
 from pipelines.data.contracts import FEATURES, column_to_numpy
 from pipelines.data.store import Dataset
-from pipelines.training.objective import Batch, DataRef, Draws, Gather, Trainee
+from pipelines.training.objective import Batch, DataRef, Draws, Exported, Gather, Trainee
 
 CONDITIONS = ("clip_features", "sync_features", "text_features")
 
@@ -117,12 +117,11 @@ class FlowMatchingObjective:
             mean = mean + std * torch.stack([torch.randn(mean.shape[1:], generator=own) for own in posterior])
         return batch | {"latent": mean}
 
-    def export(self, trainee: Trainee, folder: Path) -> dict[str, float]:
+    def export(self, trainee: Trainee, folder: Path) -> Exported:
         """Write the policy."""
         if not isinstance(trainee, FlowMatchingTrainee):
             raise TypeError(f"expected a FlowMatchingTrainee, got {type(trainee).__name__}")
-        trainee.policy.save(folder)
-        return {}
+        return Exported(trainee.policy.save(folder), {})
 
 
 def fit_starting_policy(size: str, seed: int, features: str, split: str, folder: Path) -> None:

@@ -53,6 +53,8 @@ class TrainingResult:
 
     steps: int
     skipped_steps: int
+    files: list[str]
+    """What was exported, names inside the folder."""
     metrics: dict[str, float]
     """Of the last validation and of the export."""
     stopped: str | None
@@ -170,7 +172,8 @@ class _Run:
         return TrainingResult(
             steps=progress.step,
             skipped_steps=progress.skipped_steps,
-            metrics={**progress.last_validation, **exported},
+            files=exported.files,
+            metrics={**progress.last_validation, **exported.metrics},
             stopped=progress.stopped,
             notes=progress.notes,
         )

@@ -146,6 +146,15 @@ class Trainee(nn.Module, ABC):
         """Continue from `watch_state()`."""
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What an objective wrote for the next stage."""
+
+    files: list[str]
+    """Names inside the folder."""
+    metrics: dict[str, float]
+
+
 class Objective(Protocol):
     """Picklable description of what is trained, on which rows."""
 
@@ -187,6 +196,6 @@ class Objective(Protocol):
         """Turn rows into CPU tensors, random draws included, one generator a row."""
         ...
 
-    def export(self, trainee: Trainee, folder: Path) -> dict[str, float]:
-        """Write what the next stage loads into `folder` and return final metrics; called on rank 0 alone."""
+    def export(self, trainee: Trainee, folder: Path) -> Exported:
+        """Write what the next stage loads into `folder`; called on rank 0 alone, with the weights whole."""
         ...

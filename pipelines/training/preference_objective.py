@@ -27,7 +27,7 @@ from models.preference import (
 )
 from pipelines.data.contracts import PAIRS
 from pipelines.training.flow_matching_objective import CONDITIONS, flow_draws, tensor
-from pipelines.training.objective import Batch, DataRef, Draws, Gather, Trainee
+from pipelines.training.objective import Batch, DataRef, Draws, Exported, Gather, Trainee
 
 Kind = Literal["dpo", "winner_fm"]
 
@@ -89,7 +89,8 @@ class PreferenceTrainee(Trainee):
         reference_winner, reference_loser = reference.square().mean(dim=(1, 2)).chunk(2)
         scale = None
         if self._sdpo_mu is not None:
-            scale = loser_gradient_scale(*residuals.detach().chunk(2), self._sdpo_mu)
+            of_winner, of_loser = residuals.detach().chunk(2)
+            scale = loser_gradient_scale(of_winner, of_loser, self._sdpo_mu)
         errors = PairErrors(
             policy_winner=policy_winner,
             policy_loser=policy_loser,
@@ -210,12 +211,11 @@ class PreferenceObjective:
         shape = batch["winner"].shape[1], SIZES[self.size].latent_dim
         return batch | flow_draws(draws, shape, drop=draws.stream == "training")
 
-    def export(self, trainee: Trainee, folder: Path) -> dict[str, float]:
+    def export(self, trainee: Trainee, folder: Path) -> Exported:
         """Write the policy."""
         if not isinstance(trainee, PreferenceTrainee | WinnerTrainee):
             raise TypeError(f"expected the trainee of a preference objective, got {type(trainee).__name__}")
-        trainee.policy.save(folder)
-        return {}
+        return Exported(trainee.policy.save(folder), {})
 
 
 def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter], *, retain: bool) -> list[Tensor]:

@@ -167,7 +167,7 @@ def warm_workers(
         raise InputError(
             f"--num-workers {num_workers}: the cluster has {cluster_cpus():g} CPUs and {cluster_gpus():g} GPUs"
         )
-    book = ray.remote(OrderBook).options(num_cpus=0).remote(max_failures)
+    book: Any = ray.remote(OrderBook).options(num_cpus=0).remote(max_failures)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"book": book, "gpu": gpu},

@@ -104,10 +104,7 @@ def test_each_block_agrees_with_the_original(network: MMDiT, golden: dict[str, T
     seen: dict[str, Tensor] = {}
     hooks = []
     for i, block in enumerate(network.joint_blocks):
-        names = [f"joint{i}.{stream}" for stream in ("latent", "clip", "text")]
-        hooks.append(
-            block.register_forward_hook(lambda _m, _i, out, names=names: seen.update(zip(names, out, strict=True)))
-        )
+        hooks.append(block.register_forward_hook(lambda _m, _i, out, i=i: seen.update(_streams(i, out))))
     for i, block in enumerate(network.fused_blocks):
         hooks.append(block.register_forward_hook(lambda _m, _i, out, i=i: seen.update({f"fused{i}.latent": out})))
     for name in ("t_embed", "audio_input_proj"):

@@ -55,6 +55,7 @@ def score_row(
         "statistics": list(statistics),
         "truth_statistics": list(truth_statistics),
         "diversity": diversity,
+        "fm_loss": None,
         "candidates": list(candidates),
         "audio": b"fLaC",
     }

@@ -1,0 +1,83 @@
+"""Windows of one media file as a trained model wants them: read and encoded by the very functions of preprocess."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from models.encoders import VideoGrid, build_encoders
+from models.spec import ClipSpec
+from pipelines.data.decoding import DecodeLimits, Decoder
+from pipelines.data.preprocess import encode_jpeg, frame_grid
+from pipelines.data.frames import decode_frames
+from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
+from pipelines.preferences.candidates import ConditionRow
+
+MAX_PIXELS = 4096 * 2304
+ALL_MAY_MISS = 1.0
+"""A file shorter than a window is continued by its last frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileWindow:
+    """One window of a file: what SF-CAVP sees of it and what the generator is conditioned on."""
+
+    frames: np.ndarray
+    """uint8 [frames_len, frames_px, frames_px, 3] at 16 fps, after the same JPEG as stored ones."""
+    conditions: ConditionRow
+
+
+class FileClips:
+    """Reads windows of files through a decode child; use as a context manager."""
+
+    def __init__(self, spec: ClipSpec, encoders: str, *, timeout_s: float = 60.0) -> None:
+        """Raises ValueError where there are no such encoders, or they do not fit the spec."""
+        self._spec = spec
+        self._encoders = build_encoders(encoders, spec)
+        self._frames = VideoGrid(rate_hz=spec.frames_rate_hz, size_px=spec.frames_px, fit="stretch")
+        self._grids = tuple(dict.fromkeys((self._frames, *self._encoders.grids)))
+        self._decoder = Decoder(DecodeLimits(timeout_s=timeout_s))
+
+    def __enter__(self) -> "FileClips":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._decoder.close()
+
+    def probe(self, path: str) -> MediaInfo:
+        """What the container says; raises MediaError where it cannot be opened."""
+        return self._decoder.probe(path, MAX_PIXELS)
+
+    def picture(self, path: str, start_s: float, caption: str) -> FileWindow:
+        """The picture of the window from `start_s`, whether or not the file has sound.
+
+        Raises MediaError where the picture cannot be used.
+        """
+        frames = self._by_grid(self._decode(path, start_s, with_sound=False))
+        stored = decode_frames([encode_jpeg(frame) for frame in frames[self._frames]])
+        values = self._encoders.encode(frames, caption)
+        return FileWindow(frames=stored, conditions=ConditionRow(**values))
+
+    def sound(self, path: str, start_s: float) -> DecodedWindow:
+        """The sound of the window from `start_s`, whether or not the file has a picture."""
+        return self._decode(path, start_s, with_sound=True, with_picture=False)
+
+    def _decode(self, path: str, start_s: float, *, with_sound: bool, with_picture: bool = True) -> DecodedWindow:
+        return self._decoder.decode(
+            path,
+            WindowRequest(
+                start_s=start_s,
+                duration_s=self._spec.duration_s,
+                grids=tuple(frame_grid(grid, self._spec) for grid in self._grids) if with_picture else (),
+                audio_rate_hz=self._spec.sample_rate_hz,
+                audio_samples=self._spec.num_samples if with_sound else 0,
+                max_pixels=MAX_PIXELS,
+                max_missing=ALL_MAY_MISS,
+            ),
+        )
+
+    def _by_grid(self, window: DecodedWindow) -> Mapping[VideoGrid, np.ndarray]:
+        return dict(zip(self._grids, window.frames, strict=True))

@@ -1,0 +1,200 @@
+"""The stage generate_preferences: a split's clips, a policy and a reward -> a dataset of pairs.
+
+The counts of what became of every clip are checked against the clips that went in and written into the manifest, and
+so is whether the reward has seen these clips in its own training: a reward that memorised them ranks by memory.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from models.codec import build_codec
+from models.policy import CONFIG_FILE, KIND, Policy
+from models.reward import Reward
+from models.spec import SPECS
+from models.weights import load_config
+from pipelines.cluster import connect
+from pipelines.data.contracts import FEATURES, PAIRS
+from pipelines.data.store import Dataset, dataset_manifest, open_files, read_manifest
+from pipelines.data.units import Unit, run_units
+from pipelines.errors import InputError, Refused
+from pipelines.preferences.make_pairs import STAGE, PairMaker, PairSettings, PairWorker, plan_units
+from pipelines.preferences.pairs import count_outcomes
+from pipelines.preferences.ranking import Ranker
+from pipelines.stage import StageContext, run_stage
+
+CHECKPOINT = "checkpoint"
+LOW_KEEP_RATE = 0.30
+"""Below this share of kept pairs a warning is given: filters and reward do not fit each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairInputs:
+    """The artifacts that pairs are made from."""
+
+    policy: str
+    reward: str
+    features: str
+    split: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakePairWorker:
+    """Builds a worker inside an actor; picklable."""
+
+    inputs: PairInputs
+    settings: PairSettings
+    lineage: tuple[str, str]
+    """Fingerprints of policy and reward."""
+
+    def __call__(self) -> PairWorker:
+        """Load the models onto this actor's device."""
+        device = worker_device()
+        features = Dataset.open(self.inputs.features, FEATURES)
+        policy, _ = open_files(self.inputs.policy, CHECKPOINT)
+        reward, _ = open_files(self.inputs.reward, CHECKPOINT)
+        spec = features.spec
+        ranker = Ranker(
+            Reward.load(reward.local_path(), device), build_codec(spec.name, device), spec.sample_rate_hz, device
+        )
+        maker = PairMaker(Policy.load(policy.local_path(), device), ranker, spec, self.settings)
+        policy_fingerprint, reward_fingerprint = self.lineage
+        lineage = {
+            "policy": policy_fingerprint,
+            "reward_model": reward_fingerprint,
+            "round": self.settings.round_index,
+        }
+        return PairWorker(maker, features, lineage)
+
+
+def generate_pairs(
+    inputs: PairInputs,
+    settings: PairSettings,
+    *,
+    out: str,
+    num_workers: int,
+    num_gpus: float = 0.0,
+    max_reject_rate: float = 0.05,
+    options_yaml: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Write the pairs at `out`, or pick up where a killed run stopped, and return the dataset's manifest.
+
+    `num_workers` 0 works in this process, without Ray.
+
+    Raises:
+        InputError: an input is missing or does not fit the others, or the split has no clips.
+        Refused: no pair was kept, or too many clips were rejected; the dataset is there to be looked at.
+    """
+    features = Dataset.open(inputs.features, FEATURES)
+    fingerprints = check_inputs(inputs, features)
+    reward_saw_clips = seen_in_training(inputs, features)
+
+    def body(context: StageContext) -> None:
+        units = plan_units(features, inputs.split, settings)
+        factory = MakePairWorker(
+            inputs=inputs, settings=settings, lineage=(fingerprints["policy"], fingerprints["reward"])
+        )
+        with connect() if num_workers > 0 else nullcontext():
+            run_units(
+                units,
+                factory=factory,
+                contract=PAIRS,
+                spec=features.spec,
+                out=context.out,
+                num_workers=num_workers,
+                num_gpus=num_gpus,
+                label=STAGE,
+            )
+        content = dataset_manifest(context.folder, PAIRS, features.spec)
+        outcomes = _outcomes(context, content, units)
+        context.finish({**content, "outcomes": outcomes, "reward_saw_clips": reward_saw_clips})
+
+    run_stage(
+        name=STAGE,
+        config={**settings.affecting_bytes(), "split": inputs.split},
+        inputs=fingerprints,
+        out=out,
+        body=body,
+        version=PAIRS.version,
+        options_yaml=options_yaml,
+        say=say,
+    )
+    manifest = read_manifest(out, kind="dataset")
+    _pass_or_refuse(manifest, out, max_reject_rate)
+    return manifest
+
+
+def check_inputs(inputs: PairInputs, features: Dataset) -> dict[str, str]:
+    """Fingerprints of the inputs by role; raises InputError where one is missing or does not fit the others."""
+    if features.num_rows(inputs.split) == 0:
+        raise InputError(
+            f"{inputs.features} has no clips of split '{inputs.split}', only {features.splits}; name the one to use "
+            f"with --split (with --split train the reward ranks clips it was trained on, which the manifest records)"
+        )
+    folder, policy = open_files(inputs.policy, CHECKPOINT)
+    _, reward = open_files(inputs.reward, CHECKPOINT)
+    try:
+        spec_name = load_config(folder.local_path(CONFIG_FILE), KIND).get("spec")
+    except ValueError as error:
+        raise InputError(f"{inputs.policy} is not a policy: {error}") from error
+    if SPECS.get(str(spec_name)) != features.spec:
+        raise InputError(
+            f"{inputs.policy} is a policy for clips of spec '{spec_name}', {inputs.features} has clips of "
+            f"'{features.spec.name}' of {features.spec.duration_s:g} s; give features made for that policy"
+        )
+    return {
+        "policy": policy["fingerprint"],
+        "reward": reward["fingerprint"],
+        "features": features.fingerprint,
+    }
+
+
+def seen_in_training(inputs: PairInputs, features: Dataset) -> bool:
+    """Whether the reward was trained on this very split of these features."""
+    reward = read_manifest(inputs.reward, kind=CHECKPOINT)
+    same_features = reward["inputs"].get("features") == features.fingerprint
+    return same_features and reward["config"].get("split", "train") == inputs.split
+
+
+def worker_device() -> torch.device:
+    """The device of a worker: its GPU where it holds one, else the CPU with one torch thread.
+
+    One thread, because the order of a sum must not depend on how many cores a machine has.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    torch.set_num_threads(1)
+    return torch.device("cpu")
+
+
+def _outcomes(context: StageContext, content: dict[str, Any], units: list[Unit]) -> dict[str, int]:
+    """What became of the clips, checked against the units; read back from the parts, not from receipts."""
+    written = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, PAIRS)
+    num_clips = sum(len(unit.rows) for unit in units)
+    drop_reasons = written.read(["drop_reason"])["drop_reason"].to_pylist()
+    return count_outcomes(num_clips, drop_reasons, content["counts"]["rejected"])
+
+
+def _pass_or_refuse(manifest: dict[str, Any], out: str, max_reject_rate: float) -> None:
+    outcomes = manifest["outcomes"]
+    dropped = {name: count for name, count in outcomes.items() if name.startswith("dropped_")}
+    reasons = ", ".join(f"{name.removeprefix('dropped_')} {count}" for name, count in dropped.items()) or "none"
+    clips, kept, rejects = outcomes["clips"], outcomes["kept"], outcomes["rejects"]
+    if rejects > max_reject_rate * clips:
+        raise Refused(
+            f"{out}: {rejects} of {clips} clips were rejected, more than --max-reject-rate {max_reject_rate:g}; look "
+            "at its rejects, then repair the features or raise the rate"
+        )
+    if kept == 0:
+        raise Refused(
+            f"{out}: none of {clips} pairs was kept (dropped: {reasons}); look at the rewards, the reward does not "
+            "separate these sounds: train it on, or lower --margin, with a new --out"
+        )
+    if kept < math.ceil(LOW_KEEP_RATE * clips):
+        sys.stderr.write(f"warning: only {kept} of {clips} pairs were kept (dropped: {reasons})\n")

@@ -1,0 +1,259 @@
+"""The trainings as stages: four outcomes, a manifest last, lineage in it; what jobs and rounds call.
+
+A training works in its output folder: `start/` (the model as it is before step 0), `checkpoints/`, `metrics.jsonl`.
+Once the manifest names the exported files, the checkpoints and the start are of no more use and are removed.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.mmdit import SIZES, SPEC_OF_SIZE
+from models.policy import CONFIG_FILE, KIND
+from models.preference import PreferenceLossConfig
+from models.spec import SPECS
+from models.weights import load_config
+from pipelines.cluster import connect
+from pipelines.data.contracts import FEATURES, PAIRS
+from pipelines.data.store import Dataset, files_manifest, open_files
+from pipelines.errors import InputError
+from pipelines.progress import Progress
+from pipelines.stage import Outcome, StageContext, run_stage
+from pipelines.tracking import Tracker, open_tracker
+from pipelines.training.flow_matching_objective import FlowMatchingObjective, fit_starting_policy
+from pipelines.training.journal import read_journal
+from pipelines.training.launch import fit
+from pipelines.training.loop import CHECKPOINTS, JOURNAL, TrainingOrder, TrainingResult
+from pipelines.training.objective import Objective, TrainingOptions
+from pipelines.training.preference_objective import Kind, PreferenceObjective
+from pipelines.training.workers import WorkerGroup
+
+CHECKPOINT_KIND = "checkpoint"
+START = "start"
+
+
+def stage_tracker(context: StageContext) -> Tracker:
+    """Return the MLflow run of a stage, a child of the launch around it."""
+    return open_tracker(
+        context.out,
+        context.name,
+        params=context.config,
+        tags={"fingerprint": context.fingerprint, **{f"input.{k}": v for k, v in context.inputs.items()}},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launching:
+    """Where and how a training runs; nothing of it affects the result beyond rounding."""
+
+    num_workers: int
+    """Ray Train workers; 0 trains in this process."""
+    group: WorkerGroup | None = None
+    """A warm group to use instead of new workers."""
+    options_yaml: str | None = None
+    track: Callable[[StageContext], Tracker] = stage_tracker
+    say: Callable[[str], None] = print
+
+
+def train_mmdit(
+    *,
+    features: str,
+    out: str,
+    size: str,
+    options: TrainingOptions,
+    launching: Launching,
+    init: str | None = None,
+    train_split: str = "train",
+    val_split: str = "val",
+) -> Outcome:
+    """Train a policy of a named size by flow matching, from nothing or from the policy at `init`.
+
+    From nothing, the latent transform is fitted on the training split before step 0; from a policy it is inherited.
+
+    Raises:
+        InputError: an input is missing or does not fit the size.
+    """
+    if size not in SIZES:
+        raise InputError(f"--size {size}: known sizes are {', '.join(SIZES)}")
+    dataset = Dataset.open(features, FEATURES)
+    _check_spec(dataset, SPEC_OF_SIZE[size], features)
+    _check_split(dataset, train_split, features)
+    inputs = {"features": dataset.fingerprint}
+    if init is not None:
+        start, manifest = _open_policy(init)
+        if _size_of(start) != size:
+            raise InputError(f"--init {init} is a {_size_of(start)} and --size says {size}")
+        inputs["init"] = manifest["fingerprint"]
+
+    def body(context: StageContext) -> None:
+        start = Path(init) if init is not None else context.folder.local_path(START)
+        if init is None:
+            _make_once(start, lambda folder: fit_starting_policy(size, options.seed, features, train_split, folder))
+        objective = FlowMatchingObjective(
+            start=str(start),
+            features=features,
+            size=size,
+            train_split=train_split,
+            val_split=val_split if dataset.num_rows(val_split) else None,
+        )
+        _train(context, objective, options, launching, {"size": size, "spec": SPEC_OF_SIZE[size]})
+
+    config = {"size": size, "train_split": train_split, "val_split": val_split, **options.affecting_bytes()}
+    return _stage("train_mmdit", config, inputs, out, body, launching)
+
+
+def train_rpo(
+    *,
+    policy: str,
+    pairs: str,
+    out: str,
+    options: TrainingOptions,
+    loss: PreferenceLossConfig,
+    launching: Launching,
+    kind: Kind = "dpo",
+    sdpo_mu: float | None = None,
+    strict_guards: bool = False,
+    probe_every: int = 0,
+) -> Outcome:
+    """Train on from `policy` on the kept pairs: by preferences (`dpo`), or by the control (`winner_fm`).
+
+    Raises:
+        InputError: an input is missing, or policy and pairs do not fit.
+    """
+    folder, manifest = _open_policy(policy)
+    size = _size_of(folder)
+    dataset = Dataset.open(pairs, PAIRS)
+    _check_spec(dataset, SPEC_OF_SIZE[size], pairs)
+    inputs = {"policy": manifest["fingerprint"], "pairs": dataset.fingerprint}
+
+    def body(context: StageContext) -> None:
+        objective = PreferenceObjective(
+            start=str(folder),
+            pairs=pairs,
+            size=size,
+            kind=kind,
+            loss=loss,
+            sdpo_mu=sdpo_mu,
+            strict_guards=strict_guards,
+            probe_steps=probe_every,
+        )
+        lineage = {"size": size, "spec": SPEC_OF_SIZE[size], "objective": kind}
+        _train(context, objective, options, launching, lineage)
+
+    config: dict[str, Any] = {"objective": kind, **options.affecting_bytes()}
+    if kind == "dpo":
+        config |= {**vars(loss), "sdpo_mu": sdpo_mu, "strict_guards": strict_guards, "probe_every": probe_every}
+    return _stage("train_rpo", config, inputs, out, body, launching)
+
+
+def _stage(
+    name: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    out: str,
+    body: Callable[[StageContext], None],
+    launching: Launching,
+) -> Outcome:
+    return run_stage(
+        name=name,
+        config=config,
+        inputs=inputs,
+        out=out,
+        body=body,
+        options_yaml=launching.options_yaml,
+        say=launching.say,
+    )
+
+
+def _train(
+    context: StageContext,
+    objective: Objective,
+    options: TrainingOptions,
+    launching: Launching,
+    content: Mapping[str, Any],
+) -> None:
+    """Run the loop, finish the artifact, clear up."""
+    folder = context.folder.local_path()
+    order = TrainingOrder(objective, options, str(folder))
+    needs_ray = launching.num_workers > 0 and launching.group is None
+    with launching.track(context) as tracker, connect() if needs_ray else nullcontext():
+        with Progress(label=f"{context.name} ({objective.name})", total=options.steps) as progress:
+            seen = 0
+
+            def report(step: int, metrics: dict[str, float]) -> None:
+                nonlocal seen
+                progress.advance(max(step - seen, 0))
+                seen = max(step, seen)
+                tracker.metrics(step, _finite(metrics))
+
+            result = fit(order, num_workers=launching.num_workers, report=report, group=launching.group)
+        # Whatever an attempt wrote and could not tell before it died; a step that was told is not doubled.
+        for record in read_journal(folder / JOURNAL):
+            tracker.metrics(int(record["step"] or 0), _finite(record))
+        for note in result.notes:
+            launching.say(f"{context.name}: {note}")
+        context.finish({"kind": CHECKPOINT_KIND, **content, **_outcome_of(context, result)})
+        tracker.tags({"files": ", ".join(result.files), "stopped": str(result.stopped)})
+    for name in (CHECKPOINTS, START):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _outcome_of(context: StageContext, result: TrainingResult) -> dict[str, Any]:
+    return {
+        "files": files_manifest(context.folder, result.files),
+        "metrics": _finite(result.metrics),
+        "steps": result.steps,
+        "skipped_steps": result.skipped_steps,
+        "stopped": result.stopped,
+        "notes": result.notes,
+    }
+
+
+def _finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if name != "step" and value is not None and math.isfinite(value)
+    }
+
+
+def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Make a folder under another name and rename it: it is there whole, or not at all."""
+    if folder.exists():
+        return
+    pending = folder.with_name(folder.name + ".new")
+    shutil.rmtree(pending, ignore_errors=True)
+    make(pending)
+    pending.rename(folder)
+
+
+def _open_policy(location: str) -> tuple[Path, dict[str, Any]]:
+    folder, manifest = open_files(location, CHECKPOINT_KIND)
+    return folder.local_path(), manifest
+
+
+def _size_of(folder: Path) -> str:
+    try:
+        size = str(load_config(folder / CONFIG_FILE, KIND)["size"])
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{folder} holds no policy: {error}") from error
+    if size not in SIZES:
+        raise InputError(f"{folder} is a policy of unknown size '{size}'; known sizes are {', '.join(SIZES)}")
+    return size
+
+
+def _check_spec(dataset: Dataset, spec_name: str, location: str) -> None:
+    if dataset.spec != SPECS[spec_name]:
+        raise InputError(
+            f"{location} has clips of spec '{dataset.spec.name}', {dataset.spec.duration_s:g} s; this size needs "
+            f"'{spec_name}', {SPECS[spec_name].duration_s:g} s"
+        )
+
+
+def _check_split(dataset: Dataset, split: str, location: str) -> None:
+    if dataset.num_rows(split) == 0:
+        raise InputError(f"{location} has no clips of split '{split}'; it has {dataset.splits}")

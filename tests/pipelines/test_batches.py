@@ -1,0 +1,145 @@
+"""Batches come from whole row groups, with only the columns asked for, and hold the right rows."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.data.contracts import FEATURES, PAIRS
+from pipelines.data.store import Dataset
+from pipelines.errors import InputError
+from pipelines.training.batches import BatchSource, Prefetched, RowGroups, validation_batches
+from pipelines.training.objective import Batch, DataRef, Draws, sample_generator
+from pipelines.training.order import BatchPlan, GlobalOrder
+from tests.feature_factory import write_features, write_pairs
+from tests.toy_objective import ToyObjective
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_features(tmp_path_factory.mktemp("data") / "features", {"train": 150, "val": 20})
+
+
+def _groups(features: Path, split: str = "train") -> RowGroups:
+    return RowGroups(DataRef(location=str(features), contract="features", split=split), ("clip_id", "text_features"))
+
+
+def test_rows_are_taken_in_the_order_asked_across_row_groups(features: Path) -> None:
+    groups = _groups(features)
+    assert groups.sizes == (64, 64, 22)
+    taken = groups.take(np.array([[2, 3], [0, 63], [1, 0], [0, 0], [2, 3]]))
+    names = ["train_00131", "train_00063", "train_00064", "train_00000", "train_00131"]
+    assert taken["clip_id"].to_pylist() == names
+    assert taken.column_names == ["clip_id", "text_features"]
+
+
+def _source(features: Path, world: int, rank: int, accumulation: int = 1) -> BatchSource:
+    def collate(rows: pa.Table, draws: Draws) -> Batch:
+        return ToyObjective(features=str(features)).collate(rows, draws) | {
+            "clip": _numbers(rows["clip_id"].to_pylist())
+        }
+
+    groups = RowGroups(
+        DataRef(location=str(features), contract="features", split="train"),
+        ("clip_id", "text_features", "latent_mean"),
+    )
+    return BatchSource(
+        groups=groups,
+        order=GlobalOrder(groups.sizes, seed=1),
+        plan=BatchPlan(12, world, accumulation),
+        rank=rank,
+        seed=1,
+        collate=collate,
+    )
+
+
+def _numbers(names: list[str]):
+    import torch
+
+    return torch.tensor([int(name.split("_")[1]) for name in names])
+
+
+def test_two_ranks_together_see_the_samples_and_the_noise_of_one(features: Path) -> None:
+    alone = list(_source(features, 1, 0).micro_batches(0, 16))
+    pair = [list(_source(features, 2, rank).micro_batches(0, 16)) for rank in (0, 1)]
+    for step, whole in enumerate(alone):
+        for rank in (0, 1):
+            assert pair[rank][step]["clip"].tolist() == whole["clip"][rank::2].tolist()
+            assert (pair[rank][step]["target"] == whole["target"][rank::2]).all()
+
+
+def test_the_epoch_border_inside_a_batch_loses_and_doubles_nothing(features: Path) -> None:
+    batches = list(_source(features, 1, 0).micro_batches(0, 25))
+    clips = [int(clip) for batch in batches for clip in batch["clip"]]
+    assert sorted(clips[:150]) == sorted(clips[150:300]) == list(range(150))
+    assert clips[:150] != clips[150:300]
+
+
+def test_a_source_that_starts_later_continues_the_sequence(features: Path) -> None:
+    whole = [batch["clip"].tolist() for batch in _source(features, 1, 0, accumulation=2).micro_batches(0, 14)]
+    tail = [batch["clip"].tolist() for batch in _source(features, 1, 0, accumulation=2).micro_batches(9, 14)]
+    assert whole[18:] == tail
+
+
+def test_validation_uses_all_whole_batches_in_order_with_the_same_draws(features: Path) -> None:
+    toy = ToyObjective(features=str(features))
+    groups = RowGroups(toy.validation_data or toy.training_data, toy.columns)
+    first, again = (list(validation_batches(groups, BatchPlan(8, 1), 0, 3, toy.collate)) for _ in range(2))
+    assert [batch["position"].tolist() for batch in first] == [list(range(8)), list(range(8, 16))]
+    assert all((a["target"] == b["target"]).all() for a, b in zip(first, again, strict=True))
+
+
+def test_dropped_pairs_are_never_trained_on(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs", num_kept=70, num_dropped=10)
+    kept = {
+        row["clip_id"] for row in Dataset.open(str(pairs), PAIRS).read(["clip_id", "kept"]).to_pylist() if row["kept"]
+    }
+    groups = RowGroups(
+        DataRef(location=str(pairs), contract="pairs", split=None, keep_column="kept"), ("clip_id", "winner")
+    )
+    assert sum(groups.sizes) == 70
+    everything = groups.take(np.array([[g, row] for g, size in enumerate(groups.sizes) for row in range(size)]))
+    assert set(everything["clip_id"].to_pylist()) == kept
+
+
+def test_a_split_without_rows_names_the_splits_there_are(features: Path) -> None:
+    with pytest.raises(InputError, match="rpo.*'train': 150"):
+        _groups(features, "rpo")
+    with pytest.raises(InputError, match="no column"):
+        RowGroups(DataRef(location=str(features), contract=FEATURES.name, split="train"), ("nonsense",)).take(
+            np.array([[0, 0]])
+        )
+
+
+def test_an_error_in_the_reader_thread_is_raised_where_the_batch_is_taken() -> None:
+    def failing():
+        yield {}
+        raise OSError("storage is gone")
+
+    batches = iter(Prefetched(failing()))
+    assert next(batches) == {}
+    with pytest.raises(OSError, match="storage is gone"):
+        next(batches)
+
+
+def test_closing_stops_the_reader_in_the_middle() -> None:
+    def endless():
+        while True:
+            yield {}
+
+    prefetched = Prefetched(endless())
+    next(iter(prefetched))
+    prefetched.close()
+    assert not prefetched._thread.is_alive()
+
+
+def test_the_draws_of_a_sample_depend_on_its_position_and_stream_alone() -> None:
+    import torch
+
+    def draw(seed: int, stream, position: int) -> float:
+        return float(torch.rand((), generator=sample_generator(seed, stream, position)))
+
+    values = {(s, t, p): draw(s, t, p) for s in (0, 1) for t in ("training", "validation") for p in (0, 1, 10**9)}
+    assert len(set(values.values())) == len(values)
+    assert values == {key: draw(*key) for key in values}

@@ -1,0 +1,104 @@
+"""A training objective of a few hundred weights on real feature rows, for tests of the loop and not of learning."""
+
+import dataclasses
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from models.weights import save_weights
+from pipelines.data.contracts import FEATURES, column_to_numpy
+from pipelines.training.objective import Batch, DataRef, Draws, Exported, Gather, Trainee
+
+
+class ToyTrainee(Trainee):
+    """Regress a clip's mean latent from its text features, with noise in the target and a batch-wide term."""
+
+    def __init__(self, objective: "ToyObjective") -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.net = nn.Sequential(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 160))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        self.objective = objective
+        self.num_forwards = 0
+
+    def forward(self, batch: Batch, gather: Gather) -> tuple[Tensor, dict[str, Tensor]]:
+        prediction = self.net(batch["text"])
+        error = (prediction - batch["target"]).square().mean()
+        # Depends on the whole global batch, as a contrastive loss does.
+        spread = gather(prediction).var(dim=0, unbiased=False).mean()
+        loss = error + 0.1 * spread
+        if self.training:
+            loss = loss * self._faults(batch)
+        return loss, {"error": error.detach()}
+
+    def _faults(self, batch: Batch) -> float:
+        objective = self.objective
+        time.sleep(objective.step_s)
+        step = int(batch["position"].max()) // objective.batch_size
+        if step in objective.bad_steps and 0 in batch["position"] % objective.batch_size:
+            # Only the rank that holds the first sample of the batch meets it.
+            return float("nan")
+        if objective.kill_file and step >= objective.kill_at:
+            mark = Path(objective.kill_file)
+            if not mark.exists():
+                mark.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGKILL)
+        if step == objective.defect_at:
+            raise KeyError("a defect in the objective")
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyObjective:
+    """The toy with its injected faults."""
+
+    features: str
+    batch_size: int = 8
+    bad_steps: tuple[int, ...] = ()
+    kill_at: int = -1
+    kill_file: str = ""
+    defect_at: int = -1
+    step_s: float = 0.0
+
+    name = "toy"
+    columns = ("clip_id", "text_features", "latent_mean")
+    probe_every = 0
+    stop_on_alarm = False
+
+    @property
+    def training_data(self) -> DataRef:
+        return DataRef(location=self.features, contract=FEATURES.name, split="train")
+
+    @property
+    def validation_data(self) -> DataRef | None:
+        return DataRef(location=self.features, contract=FEATURES.name, split="val")
+
+    def build(self, device: torch.device) -> Trainee:
+        return ToyTrainee(self)
+
+    def collate(self, rows: pa.Table, draws: Draws) -> Batch:
+        latent = np.array(column_to_numpy(rows["latent_mean"]), np.float32).mean(axis=1)
+        noise = torch.stack([torch.randn(160, generator=generator) for generator in draws.generators()])
+        return {
+            "text": torch.from_numpy(np.array(column_to_numpy(rows["text_features"]), np.float32).mean(axis=1)),
+            "target": torch.from_numpy(latent) + 0.1 * noise,
+            "position": torch.tensor(draws.positions),
+        }
+
+    def export(self, trainee: Trainee, folder: Path) -> Exported:
+        assert isinstance(trainee, ToyTrainee)
+        save_weights(folder / "toy.safetensors", trainee.state_dict())
+        return Exported(["toy.safetensors"], {"num_weights": float(sum(p.numel() for p in trainee.parameters()))})
+
+    def faultless(self) -> "ToyObjective":
+        """The same training without any fault."""
+        return dataclasses.replace(self, kill_at=-1, kill_file="", bad_steps=(), defect_at=-1)
