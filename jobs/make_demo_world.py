@@ -7,7 +7,7 @@ from jobs import cli
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Make synthetic clips with several sounding events whose kinds and times are known, for demo, tests and science."""
+    """Make synthetic clips with several sounding events, whose kinds and times are known."""
 
     out: cli.StoragePath
     """Folder to make: clips/<clip id>.mp4 and the manifest clips.csv."""
@@ -33,28 +33,20 @@ class Options:
 
 def main(options: Options) -> int:
     """Make the world; 0 when it is there."""
-    from pipelines.cluster import connect
     from pipelines.data.demo_world_job import CLIPS_CSV, make_demo_world
 
-    def make() -> None:
-        make_demo_world(
-            seed=options.seed,
-            counts={
-                "train": options.num_train,
-                "rpo": options.num_rpo,
-                "val": options.num_val,
-                "test": options.num_test,
-            },
-            out=options.out,
-            num_workers=options.num_workers,
-            options_yaml=cli.to_yaml("make_demo_world", options),
-        )
-
-    if options.num_workers == 0:
-        make()
-    else:
-        with connect():
-            make()
+    make_demo_world(
+        seed=options.seed,
+        counts={
+            "train": options.num_train,
+            "rpo": options.num_rpo,
+            "val": options.num_val,
+            "test": options.num_test,
+        },
+        out=options.out,
+        num_workers=options.num_workers,
+        options_yaml=cli.to_yaml("make_demo_world", options),
+    )
     print(f"manifest: {options.out}/{CLIPS_CSV}")
     return 0
 

@@ -1,7 +1,7 @@
 """Where the pictures and the sounds of a training sample are cut, with offsets between the two that are known.
 
-Times are in fast steps of 1/16 s. The offset of a pair of crops is `video_start - audio_start`: what the picture shows at
-step t of its crop sounds at step t + offset of the sound's crop.
+Times are in fast steps of 1/16 s. The offset of a pair of crops is `video_start - audio_start`: what the picture shows
+at step t of its crop sounds at step t + offset of the sound's crop.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def plan_crops(
 
 
 def cut(x: Tensor, start: Tensor, length: int, dim: int) -> Tensor:
-    """Cut x [B, ...] along `dim` (>= 1) from start [B, N] on: [B * N, ...] with `length` there, crops of a clip adjacent."""
+    """Cut `length` steps of x [B, ...] along `dim` (>= 1) from start [B, N] on: [B * N, ...], crops of a clip adjacent."""
     num_clips, num_crops = start.shape
     index = (start[:, :, None] + torch.arange(length, device=x.device)).reshape(num_clips * num_crops, length)
     repeated = x.repeat_interleave(num_crops, dim=0) if num_crops > 1 else x

@@ -1,12 +1,14 @@
 """Sounds that almost belong to a picture: edits of a clip's own log-mel, and clips made of two.
 
 A contrastive model that tells clips apart can still be blind among sounds for ONE clip, which is what a reward has to
-rank. So every picture also meets its own sound with something wrong: a stretch or a band exchanged with another clip's,
-faded out, mixed with another clip, moved in time, transposed, or its halves swapped. Only what any corpus gives is used:
-no event labels. Splices must not be a cue by themselves, so real pairs are spliced as well (`join_two_clips`).
+rank. So every picture also meets its own sound with something wrong: a stretch or a band exchanged with another
+clip's, faded out, mixed with another clip, moved in time, transposed, or its halves swapped. Only what any corpus
+gives is used: no event labels. Splices must not be a cue by themselves, so real pairs are spliced as well
+(`join_two_clips`).
 
-Sound is log-mel power, log(power + 1e-5), [B, M, T]; the partner of a sample is the one half a batch further on, which is
-on the same rank for every number of ranks. All randomness comes in as uniform numbers.
+Sound is log-mel power, log(power + 1e-5), [B, M, T]. The partner of a sample is the one half a batch further on: with
+samples dealt out in turn it is on the same rank for every number of ranks, as long as each rank has an even number.
+All randomness comes in as uniform numbers.
 """
 
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ BAND_SHARE = (0.2, 0.6)
 QUIET_QUANTILE = 0.1
 SIDE_GAIN_DB = 6.0
 CHANGED_NATS, CHANGED_COLUMNS = 0.15, 3
-"""An edit counts as a negative if so many columns changed by so much on average: silence exchanged for silence is none."""
+"""An edit is wrong if so many columns changed by so much on average: silence exchanged for silence is not."""
 
 EDITS = ("exchange", "fade", "mix", "move", "transpose", "swap")
 
@@ -91,8 +93,8 @@ def apply_gain(log_mel: Tensor, gain_db: Tensor) -> Tensor:
 def edit_sound(log_mel: Tensor, u: Tensor) -> Edited:
     """Make one wrong version of each sound [B, M, T] from uniform numbers u [B, EDIT_DRAWS].
 
-    The kind of edit is drawn first. Where: half of the edits act on all frequencies of a stretch of time, a quarter on a
-    band at all times, a quarter on a band of a stretch; a swap acts on everything.
+    The kind of edit is drawn first. Where: half of the edits act on all frequencies of a stretch of time, a quarter on
+    a band at all times, a quarter on a band of a stretch; a swap acts on everything, a move half of the time.
     """
     num_mels, length = log_mel.shape[1:]
     kind = (u[:, 0] * len(EDITS)).long()
@@ -124,9 +126,7 @@ def edit_sound(log_mel: Tensor, u: Tensor) -> Edited:
     return Edited(edited, (change > CHANGED_NATS).sum(dim=1) >= CHANGED_COLUMNS)
 
 
-def join_two_clips(
-    frames: Tensor, log_mel: Tensor, u: Tensor, probability: float
-) -> tuple[Tensor, Tensor]:
+def join_two_clips(frames: Tensor, log_mel: Tensor, u: Tensor, probability: float) -> tuple[Tensor, Tensor]:
     """Turn some samples into clips of two: frames [B, T, 3, H, W], log-mel [B, M, k * T], u [B, JOIN_DRAWS].
 
     With `probability`, half of the time the partner's clip takes over at a cut (the same in both modalities, between 30
@@ -137,9 +137,7 @@ def join_two_clips(
     is_side = (u[:, 0] >= probability / 2) & (u[:, 0] < probability)
     cut_frame = (num_frames * _between(u[:, 1], (0.3, 0.7))).long()
     late_frames = torch.arange(num_frames, device=u.device)[None] >= cut_frame[:, None]
-    late_columns = (
-        torch.arange(columns, device=u.device)[None] >= cut_frame[:, None] * (columns // num_frames)
-    )
+    late_columns = torch.arange(columns, device=u.device)[None] >= cut_frame[:, None] * (columns // num_frames)
     other_frames, other_mel = partner(frames), partner(log_mel)
     take_frames = (is_cut[:, None] & late_frames)[:, :, None, None, None]
     joined_frames = torch.where(take_frames, other_frames, frames)

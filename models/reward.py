@@ -1,9 +1,9 @@
 """The reward R: how well a sound belongs to a picture, and how well it keeps its time.
 
-R = w_s (S_sem - m_s) / d_s + w_f (S_tmp - m_f) / d_f: the cosine of the slow clip vectors, and the fast similarity at no
-shift against that at shifts of 0.25 s and more, each in units of its spread over held-out real pairs (saved with the
-weights). Without the units the term of larger variance would silently decide. Every sound is brought to one level first,
-so that R cannot be gained by gain; silent, clipped or non-finite sound has no R at all.
+R = w_s (S_sem - m_s) / d_s + w_f (S_tmp - m_f) / d_f: the cosine of the slow clip vectors, and the fast similarity at
+no shift against that at shifts of 0.25 s and more, each in units of its spread over held-out real pairs (saved with the
+weights). Without the units the term of larger variance would silently decide. Every sound is brought to one level
+first, so that R cannot be gained by gain; silent, clipped or non-finite sound has no R at all.
 
 Deterministic: float32, eval mode, no crop. Clips longer than 4 s are scored as the mean over 4 s windows with a hop of
 2 s, the length that the model was trained on; the worst window is reported too, since a missed event shows there.
@@ -167,9 +167,7 @@ class Reward:
         waves = torch.nn.functional.pad(waves, (0, max(0, missing)))[:, : num_steps * SAMPLES_PER_STEP]
         waves = normalise_loudness(waves)
         length = video.streams.fast.shape[1] * SAMPLES_PER_STEP
-        windows = [
-            waves[:, start * SAMPLES_PER_STEP : start * SAMPLES_PER_STEP + length] for start in video.starts
-        ]
+        windows = [waves[:, start * SAMPLES_PER_STEP : start * SAMPLES_PER_STEP + length] for start in video.starts]
         return self.model.encode_audio(torch.stack(windows, dim=1).flatten(0, 1))
 
     @torch.no_grad()

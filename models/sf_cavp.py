@@ -1,11 +1,12 @@
 """SF-CAVP: two SlowFast encoders, for picture and for sound, whose outputs live on one clock.
 
-Slow vectors come at 4 Hz and say *what* happens, fast vectors at 16 Hz and say *when*: step i of either modality is the
-time i / rate. Picture: 16 frames a second, time is never strided. Sound: 16 kHz, a mel column every 250 samples (64 Hz),
-time strided by 4. Everything is convolutional in time, so that a model trained on short crops scores longer clips.
+Slow vectors come at 4 Hz and say *what* happens, fast vectors at 16 Hz and say *when*: step i of either modality is
+the time i / rate. Picture: 16 frames a second, time is never strided. Sound: 16 kHz, a mel column every 250 samples
+(64 Hz), time strided by 4. Everything is convolutional in time: a model trained on short crops scores longer clips.
 
-Vectors are returned un-normalised; `clip_vector` and `similarity` define how they are compared. The two modalities share
-no weights and never meet inside a trunk: one clip's picture is encoded once and any number of sounds is scored against it.
+Vectors are returned un-normalised; `clip_vector` and `offset_similarity` define how they are compared. The modalities
+share no weights and never meet inside a trunk: a clip's picture is encoded once, and any number of sounds is scored
+against it.
 """
 
 import math
@@ -79,7 +80,7 @@ SF_CAVP_SIZES: dict[str, SFCAVPConfig] = {
 
 
 class Encoder(nn.Module):
-    """A trunk and its two heads. The fast head sees mean, maximum and deviation over space: a small flash must not drown."""
+    """A trunk and its heads. The fast head sees mean, maximum and deviation over space: a small flash must not drown."""
 
     def __init__(self, trunk: TrunkConfig, config: SFCAVPConfig) -> None:
         super().__init__()
@@ -132,7 +133,7 @@ class SFCAVP(nn.Module):
 
     def pool_frames(self, frames: Tensor) -> Tensor:
         """Average-pool frames [B, T, 3, H, W] in [0, 1] to the trunk's square size; no enlarging."""
-        assert frames.ndim == 5 and frames.shape[2] == 3, tuple(frames.shape)
+        assert frames.ndim == 5, tuple(frames.shape)
         side = self.config.frame_px
         assert min(frames.shape[-2:]) >= side, f"frames {tuple(frames.shape[-2:])} are smaller than {side} px"
         if frames.shape[-2:] == (side, side):
@@ -201,4 +202,3 @@ def parameter_groups(model: SFCAVP, weight_decay: float) -> list[dict[str, objec
         {"params": decayed, "weight_decay": weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
-

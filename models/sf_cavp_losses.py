@@ -1,10 +1,10 @@
 """What SF-CAVP learns from: which sound belongs to a picture (slow), when it sounds (fast), and what is wrong with it.
 
-Each picture crop meets two crops of its own sound: one with an independent, known offset, from which the offset is to be
-told (so that neither tower can solve the task from positions), and an aligned one, which must be preferred to wrong
-versions of itself. All randomness is in one tensor of uniform numbers, a row a sample, drawn by `draw_uniforms` from the
-sample's own generator; losses across samples see the whole batch through an injected `gather` ([B, ...] on one rank ->
-[world * B, ...] on all, with a gradient that sums over ranks), so that any number of ranks computes the same loss.
+Each picture crop meets two crops of its own sound: one with an independent, known offset, from which the offset is to
+be told (so that neither tower can solve the task from positions), and an aligned one, which must be preferred to wrong
+versions of itself. All randomness is in one tensor of uniform numbers, a row a sample, drawn by `draw_uniforms` from
+the sample's own generator; losses across samples see the whole batch through an injected `gather` ([B, ...] on one rank
+-> [world * B, ...] on all, with a gradient that sums over ranks), so that any number of ranks computes the same loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,7 +84,7 @@ class TrainingViews:
 
 @torch.no_grad()
 def make_views(model: SFCAVP, frames: Tensor, waves: Tensor, u: Tensor, config: LossConfig) -> TrainingViews:
-    """Join, crop, edit and re-scale: frames [B, T, 3, H, W] in [0, 1] at 16 fps, waves [B, S] at 16 kHz, u [B, draws]."""
+    """Join, crop, edit, re-scale: frames [B, T, 3, H, W] in [0, 1] at 16 fps, waves [B, S] at 16 kHz, u [B, draws]."""
     num_crops, num_edits = config.num_crops, config.num_edits
     u_join, u_crops = u[:, :JOIN_DRAWS], u[:, JOIN_DRAWS:].reshape(len(u), num_crops, -1)
     frames, log_mel = join_two_clips(
@@ -139,7 +139,7 @@ def semantic_loss(
 
 
 def offset_loss(similarity: Tensor, true_offset: Tensor, offsets: Tensor, scale: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy of the offset, a value a clip: similarity S(d) [B, n] for offsets [n], ascending, true ones among them.
+    """Cross-entropy of the true offset [B], a value a clip: similarity S(d) [B, n] for ascending offsets [n].
 
     `smoothing` of the label is shared by the neighbouring bins that exist.
     """
@@ -177,7 +177,7 @@ def edit_loss(real: Tensor, edited: Tensor, is_wrong: Tensor, scale: Tensor) -> 
 
 
 def onset_weights(log_mel: Tensor, gather: Gather) -> Tensor:
-    """Weight of each clip's timing [B]: deviation of its onset strength over that of the batch's median clip, in [0.2, 2].
+    """Weight of each clip's timing [B]: deviation of its onset strength over the batch's median, in [0.2, 2].
 
     A steady engine carries no timing signal. Onset strength is the mean positive difference of log-mel columns.
     """

@@ -5,9 +5,10 @@ step with few channels (when it happens). After the stem and after the stages th
 through a lateral convolution that strides time by alpha. Feichtenhofer et al. 2019 (video, R50) and Kazakos et al. 2021
 (sound: separable kernels, a stem that strides time as well).
 
-Layout: a video is [B, C, T, H, W], a log-mel spectrogram [B, C, T, F]: time is always the first axis after the channels,
-so that a picture has two *space* axes and a sound one. Every convolution pads time by repeating its edge steps: zeros
-would mark the borders, and a reward could then tell a position without looking at the content. Space is padded by zeros.
+Layout: a video is [B, C, T, H, W], a log-mel spectrogram [B, C, T, F]: time is always the first axis after the
+channels, so that a picture has two *space* axes and a sound one. Every convolution pads time by repeating its edge
+steps: zeros would mark the borders, and a reward could then tell a position without looking at the content. Space is
+padded by zeros.
 """
 
 from collections.abc import Sequence
@@ -86,13 +87,14 @@ def _conv(
     stride: tuple[int, int] = (1, 1),
 ) -> nn.Module:
     """Bias-free convolution with (time, space) kernel and stride; time is padded by its edge steps, space by zeros."""
-    kernel_sizes = (kernel[0],) + (kernel[1],) * space_dims
-    strides = (stride[0],) + (stride[1],) * space_dims
-    padding = (0,) + (kernel[1] // 2,) * space_dims
-    conv_type = nn.Conv3d if space_dims == 2 else nn.Conv2d
-    conv = conv_type(in_channels, out_channels, kernel_sizes, strides, padding, bias=False)
+    (time, space), half = kernel, kernel[1] // 2
+    if space_dims == 2:
+        sizes, strides = (time, space, space), (stride[0], stride[1], stride[1])
+        conv = nn.Conv3d(in_channels, out_channels, sizes, strides, (0, half, half), bias=False)
+    else:
+        conv = nn.Conv2d(in_channels, out_channels, kernel, stride, (0, half), bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(ReplicateTime(kernel[0] // 2), conv) if kernel[0] > 1 else conv
+    return nn.Sequential(ReplicateTime(time // 2), conv) if time > 1 else conv
 
 
 class ReplicateTime(nn.Module):
@@ -138,7 +140,7 @@ class Stem(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """`bottleneck`: time kernel, space kernel, 1 x 1 through a quarter of the width; `basic`: time kernel, space kernel."""
+    """`bottleneck`: time, space and 1 x 1 kernels through a quarter of the width; `basic`: time and space kernel."""
 
     def __init__(
         self,
@@ -223,7 +225,7 @@ def _stage(
 
 
 class SlowFast(nn.Module):
-    """The trunk: stem, stages, laterals. The slow stream reads the input steps 0, alpha, 2 alpha, ... (exact stride)."""
+    """The trunk: stem, stages, laterals. The slow stream reads input steps 0, alpha, 2 alpha, ... (exact stride)."""
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
@@ -244,7 +246,10 @@ class SlowFast(nn.Module):
             self.laterals.append(Lateral(config, fast_width))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C, T, space...] -> slow [B, slow_out, ceil(T'/alpha), ...], fast [B, fast_out, T', ...]; T' = T or ceil(T/4)."""
+        """[B, C, T, space...] -> slow [B, slow_out, ceil(T'/alpha), ...], fast [B, fast_out, T', ...].
+
+        T' is T, or ceil(T / 4) where the stem strides time.
+        """
         assert x.ndim == 3 + self.config.space_dims, tuple(x.shape)
         slow, fast = self.slow_stem(x[:, :, :: self.config.alpha]), self.fast_stem(x)
         for index, (slow_stage, fast_stage) in enumerate(zip(self.slow_stages, self.fast_stages, strict=True)):
@@ -271,7 +276,7 @@ def _resnet50_stages(slow_kernels: Sequence[int], fast_kernels: Sequence[int]) -
 
 
 def base_trunk(kind: Literal["video", "audio"]) -> TrunkConfig:
-    """Build the paper-scale trunk: SlowFast-R50 with alpha 4, lateral kernel 7 (33.64 M), or Auditory SlowFast (25.97 M)."""
+    """Build the paper-scale trunk: SlowFast-R50, alpha 4, lateral kernel 7 (33.64 M); Auditory SlowFast (25.97 M)."""
     video = kind == "video"
     return TrunkConfig(
         space_dims=2 if video else 1,

@@ -8,10 +8,12 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from pipelines.cluster import connect
 from pipelines.data.demo_world import (
     CAPTION,
     DURATION_S,
@@ -26,8 +28,7 @@ from pipelines.data.media import probe
 from pipelines.data.media_write import write_mp4
 from pipelines.data.storage import Folder, open_folder
 from pipelines.data.store import files_manifest
-from pipelines.data.units import unwrap
-from pipelines.errors import InputError, MediaError
+from pipelines.errors import EnvironmentFailed, InputError, MediaError
 from pipelines.progress import Progress
 from pipelines.stage import Outcome, StageContext, run_stage
 
@@ -63,8 +64,9 @@ def make_demo_world(
         raise InputError("the demo world would have no clips; ask for at least one")
 
     def body(context: StageContext) -> None:
-        rows = _make_all(plans, seed, context.folder, num_workers)
-        context.folder.write_bytes(CLIPS_CSV, _manifest_csv(plans, rows).encode())
+        with connect() if num_workers else nullcontext():
+            events = _make_all(plans, seed, context.folder, num_workers)
+        context.folder.write_bytes(CLIPS_CSV, _manifest_csv(plans, events).encode())
         names = [CLIPS_CSV, *(_name(plan.clip_id) for plan in plans)]
         content = {"kind": KIND, "files": files_manifest(context.folder, names), "counts": dict(counts)}
         context.finish(content)
@@ -117,15 +119,20 @@ def _make_on_ray(
     items = [{"group": json.dumps([asdict(plan) for plan in group])} for group in groups]
     source = ray.data.from_items(items, override_num_blocks=len(items))
     receipts = source.flat_map(partial(_make_group, seed=seed, out=folder.uri), compute=TaskPoolStrategy(num_workers))
-    try:
-        yield from receipts.iter_rows()
-    except Exception as error:
-        raise unwrap(error) from error
+    for receipt in receipts.iter_rows():
+        if receipt["failed"]:
+            raise EnvironmentFailed(receipt["failed"])
+        yield receipt
 
 
 def _make_group(row: Mapping[str, str], *, seed: int, out: str) -> list[dict[str, str]]:
     folder = open_folder(out)
-    return [_make_clip(ClipPlan(**plan), seed, folder) for plan in json.loads(row["group"])]
+    try:
+        made = [_make_clip(ClipPlan(**plan), seed, folder) for plan in json.loads(row["group"])]
+    except EnvironmentFailed as error:
+        # Travels as data: Ray's wrapping of exceptions would lose the type, and with it the exit code.
+        return [{"clip_id": "", "events": "", "failed": str(error)}]
+    return [{**receipt, "failed": ""} for receipt in made]
 
 
 def _make_clip(plan: ClipPlan, seed: int, folder: Folder) -> dict[str, str]:

@@ -27,6 +27,8 @@ COMMON_RATES_HZ = frozenset(
 )
 FALLBACK_RATE_HZ = 48_000
 """Sound of any other rate is brought to this one by libswresample: odd ratios make huge resampling kernels."""
+MAX_PLANES = 7
+"""PyAV 18.1 counts the planes of a frame up to a null pointer, and runs past the end where there are 8 or more."""
 SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
@@ -182,7 +184,8 @@ class SoundTrack:
         self._own_rate_hz = self.rate_hz = frame.sample_rate
         if self.rate_hz not in COMMON_RATES_HZ:
             self.rate_hz = FALLBACK_RATE_HZ
-            self._resampler = AudioResampler(format="fltp", rate=FALLBACK_RATE_HZ)
+        if self.rate_hz != frame.sample_rate or (frame.format.is_planar and frame.layout.nb_channels > MAX_PLANES):
+            self._resampler = AudioResampler(format="flt", rate=self.rate_hz)
         wanted_hz = self._request.audio_rate_hz
         num_samples = math.ceil(self._request.audio_samples * self.rate_hz / wanted_hz)
         # A multiple of the reduced ratio, so that the margin is a whole number of samples at both rates.

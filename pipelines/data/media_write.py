@@ -145,7 +145,7 @@ def picture_duration_s(source: str | Path) -> float:
     try:
         with Path(source).open("rb") as file, open_media(file, MAX_PIXELS) as container:
             video = _moving_picture(container, source)
-            ends = [(p.pts if p.pts is not None else p.dts) + (p.duration or 0) for p in container.demux(video) if p.size]
+            ends = [_end(packet) for packet in container.demux(video) if packet.size]
             if not ends or video.time_base is None:
                 raise MediaError("empty", "its picture has no packets")
             return float(max(ends) * video.time_base - Fraction(container.start_time or 0, av.time_base))
@@ -167,7 +167,7 @@ def _write_copied(
         raise MediaError("empty", "its picture has no packets")
     unit = video.time_base
     shift = round(start / unit)
-    end = max((p.pts if p.pts is not None else p.dts or 0) + (p.duration or 0) for p in packets) - shift
+    end = max(map(_end, packets)) - shift
     with av.open(str(path), "w", format="mp4") as out:
         try:
             picture = out.add_stream_from_template(video, opaque=True)
@@ -182,6 +182,11 @@ def _write_copied(
             if packet.stream is video:
                 packet.stream = picture
             out.mux(packet)
+
+
+def _end(packet: Packet) -> int:
+    """When a packet's frame stops being shown, in its time base."""
+    return (packet.pts if packet.pts is not None else packet.dts or 0) + (packet.duration or 0)
 
 
 def _shifted(packets: Iterable[Packet], shift: int) -> Iterator[Packet]:

@@ -6,8 +6,8 @@ the log-mel distance, and simple audio statistics.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from models.codec import build_codec
@@ -53,7 +53,7 @@ class MakeWorker:
         features = Dataset.open(self.inputs.features, FEATURES)
         reward, _ = open_files(self.inputs.reward, CHECKPOINT)
         policy = None
-        if self.inputs.policy is not None:
+        if self.settings.needs_policy and self.inputs.policy is not None:
             folder, _ = open_files(self.inputs.policy, CHECKPOINT)
             policy = Policy.load(folder.local_path(), device)
         measurer = ClipMeasurer(

@@ -10,7 +10,7 @@ import torch
 
 from models.codec import Codec
 from models.policy import Policy
-from models.reward import Reward, RewardScore
+from models.reward import Reward, RewardScore, refused
 from models.spec import ClipSpec
 from pipelines.data.contracts import REJECTS, SCORES, column_to_numpy, table_from_rows
 from pipelines.data.demo_world import Event
@@ -25,7 +25,7 @@ from pipelines.evaluation.metrics import MelMeasure, audio_statistics, diversity
 from pipelines.evaluation.real_data_loss import real_data_loss
 from pipelines.evaluation.subjects import EVALUATION_ROUND, EvaluationSettings
 from pipelines.preferences.candidates import ConditionRow, candidate_seeds, sample_candidates
-from pipelines.preferences.ranking import NONFINITE, Ranker, invalid_score, reward_struct
+from pipelines.preferences.ranking import NONFINITE, Ranker, reward_struct
 
 STAGE = "evaluate"
 CONDITIONS = ("clip_features", "sync_features", "text_features")
@@ -121,7 +121,7 @@ class ClipMeasurer:
     def _rewards(self, frames: Sequence[bytes], waves: np.ndarray, finite: np.ndarray) -> list[RewardScore]:
         video = self._ranker.look(decode_frames(frames))
         found = self._reward.score(video, torch.from_numpy(waves).to(self._device), self._spec.sample_rate_hz)
-        return [score if good else invalid_score(NONFINITE) for score, good in zip(found, finite, strict=True)]
+        return [score if good else refused(NONFINITE) for score, good in zip(found, finite, strict=True)]
 
 
 def known_events(events: list[dict[str, Any]] | None, rate_hz: int) -> list[Event] | None:

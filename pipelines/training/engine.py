@@ -44,7 +44,8 @@ def _import_deepspeed(device: torch.device) -> Any:
 
     if device.type == "cpu":
         # A module attribute that DeepSpeed probes lazily; given here, no compiler is looked for (0.19.8).
-        vars(deepspeed.ops)["__compatible_ops__"] = dict.fromkeys(ALL_OPS, False)
+        operations: Any = deepspeed.ops
+        operations.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
     return deepspeed
 
 

@@ -70,7 +70,8 @@ def write_clip(
                 container.mux(video.encode(frame))
             container.mux(video.encode(None))
         if audio is not None and wave is not None:
-            block = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave, np.float32), format="fltp", layout=layout)
+            packed = np.ascontiguousarray(wave.T, np.float32).reshape(1, -1)
+            block = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
             block.sample_rate = rate_hz
             block.pts, block.time_base = round(offset_s * rate_hz), Fraction(1, rate_hz)
             container.mux(audio.encode(block))

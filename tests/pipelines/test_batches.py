@@ -104,7 +104,7 @@ def test_dropped_pairs_are_never_trained_on(tmp_path: Path) -> None:
 
 
 def test_a_split_without_rows_names_the_splits_there_are(features: Path) -> None:
-    with pytest.raises(InputError, match="rpo.*'train': 150"):
+    with pytest.raises(InputError, match=r"rpo.*'train': 150"):
         _groups(features, "rpo")
     with pytest.raises(InputError, match="no column"):
         RowGroups(DataRef(location=str(features), contract=FEATURES.name, split="train"), ("nonsense",)).take(

@@ -172,15 +172,18 @@ def test_an_unusual_rate_is_brought_to_48_khz(tmp_path: Path) -> None:
     np.testing.assert_allclose(inside[500:-500], tone(2.0, 48_000, 440.0)[0][500:-500], atol=5e-3)
 
 
+@pytest.mark.parametrize("codec", ["flac", "aac"])
 @pytest.mark.parametrize(("layout", "channels"), [("mono", 1), ("stereo", 2), ("5.1", 6), ("7.1", 8)])
-def test_channels_are_mixed_by_their_mean(tmp_path: Path, layout: str, channels: int) -> None:
+def test_channels_are_mixed_by_their_mean(tmp_path: Path, layout: str, channels: int, codec: str) -> None:
     gains = np.arange(1, channels + 1, dtype=np.float32)[:, None] / channels
     wave = gains * tone(2.5, 48_000, 440.0)
-    path = write_clip(tmp_path / "many.mkv", None, wave, layout=layout, audio_codec="flac")
+    path = write_clip(tmp_path / "many.mkv", None, wave, layout=layout, audio_codec=codec)
     window = ask(path)
     assert window.audio is not None
     inside = window.audio[window.audio_margin : -window.audio_margin]
-    np.testing.assert_allclose(inside, gains.mean() * tone(2.0, 48_000, 440.0)[0], atol=1e-3)
+    expected = gains.mean() * tone(2.0, 48_000, 440.0)[0]
+    # AAC keeps less than the whole band of the bass channel, and adds a little noise.
+    np.testing.assert_allclose(inside[4800:], expected[4800:], atol=1e-3 if codec == "flac" else 0.04)
 
 
 def test_a_little_missing_at_the_end_is_padded_and_told(tmp_path: Path) -> None:
@@ -301,6 +304,6 @@ def test_the_container_tells_its_length_without_decoding(tmp_path: Path) -> None
 
 
 def test_the_reader_needs_neither_torch_nor_arrow() -> None:
-    code = "import sys, pipelines.data.media, pipelines.data.decode_child; print({'torch','pyarrow','ray'} & set(sys.modules))"
+    code = "import sys, pipelines.data.media; print({'torch', 'pyarrow', 'ray', 'scipy'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

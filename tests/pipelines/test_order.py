@@ -60,7 +60,7 @@ def test_a_global_batch_holds_the_same_positions_for_any_number_of_ranks_and_acc
 
 
 def test_a_batch_that_does_not_divide_says_what_would() -> None:
-    with pytest.raises(InputError, match="--batch-size 10 .* multiple of 4"):
+    with pytest.raises(InputError, match=r"--batch-size 10 .* multiple of 4"):
         BatchPlan(10, 2, 2)
 
 

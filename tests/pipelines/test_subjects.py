@@ -85,7 +85,7 @@ def test_a_sample_of_clips_is_seeded_and_nested(features: Dataset) -> None:
 
 def test_a_split_without_clips_is_named_with_those_there_are(tmp_path: Path) -> None:
     dataset = Dataset.open(str(write_features(tmp_path / "features", {"train": 2})), FEATURES)
-    with pytest.raises(InputError, match="no clips of split 'test'.*train"):
+    with pytest.raises(InputError, match=r"no clips of split 'test'.*train"):
         plan_units(dataset, settings())
 
 

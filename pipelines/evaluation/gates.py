@@ -1,0 +1,219 @@
+"""The acceptance gates of a reward: may it rank sounds, before any preference round uses it.
+
+Pure functions of embeddings and scores, and `measure`, which fills them in from held-out real pairs. The two gates that
+need a policy's candidates (rank correlation inside a clip, Best-of-N) are in `ranking_quality`, since they are
+measured where the candidates are.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.reward import Reward, VideoFeatures
+from models.sf_cavp import clip_vector
+
+GROUP_SIZE = 32
+"""Clips among which one is to be found again: R@1 among 32."""
+SHIFTS_S = (0.125, 0.25, 0.5)
+GAINS_DB = (-6.0, 6.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Share of clips whose partner is the nearest, or among the ten nearest, of a group."""
+
+    video_to_audio_r1: float
+    audio_to_video_r1: float
+    video_to_audio_r10: float
+    audio_to_video_r10: float
+    group_size: int
+
+
+def retrieval(video: np.ndarray, audio: np.ndarray, group_size: int = GROUP_SIZE) -> Retrieval:
+    """Retrieve among groups of consecutive clips by unit vectors [n, D]; a tie counts as not found.
+
+    An incomplete last group is left out unless it is the only one.
+    """
+    size = min(group_size, len(video))
+    ranks: list[tuple[int, int]] = []
+    for start in range(0, len(video) - size + 1, size):
+        cosines = video[start : start + size] @ audio[start : start + size].T
+        own = np.diagonal(cosines)
+        # Places taken by others at least as near: 0 is found at once.
+        to_audio = (cosines >= own[:, None]).sum(axis=1) - 1
+        to_video = (cosines >= own[None]).sum(axis=0) - 1
+        ranks += list(zip(to_audio.tolist(), to_video.tolist(), strict=True))
+    table = np.array(ranks)
+    r1, r10 = (table < 1).mean(axis=0), (table < 10).mean(axis=0)
+    return Retrieval(
+        video_to_audio_r1=float(r1[0]),
+        audio_to_video_r1=float(r1[1]),
+        video_to_audio_r10=float(r10[0]),
+        audio_to_video_r10=float(r10[1]),
+        group_size=size,
+    )
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Chance that a positive score [n] exceeds a negative one [m], ties counted half (Mann-Whitney)."""
+    ordered = np.sort(negative)
+    below = np.searchsorted(ordered, positive, side="left")
+    not_above = np.searchsorted(ordered, positive, side="right")
+    return float((below + not_above).mean() / (2 * len(ordered)))
+
+
+def preferred_share(real: np.ndarray, wrong: np.ndarray) -> float:
+    """Share of clips whose real sound [n] scores above its own wrong version [n], ties counted half."""
+    return float(((real > wrong) + 0.5 * (real == wrong)).mean())
+
+
+def ground_truth_shares(ground_truth: np.ndarray, candidates: np.ndarray) -> tuple[float, float]:
+    """Share of clips whose real sound [n] scores above the worst and above the best of its candidates [n, N].
+
+    Candidates without a score (NaN) are left out; a clip without any counts in neither.
+    """
+    known = np.isfinite(candidates).any(axis=1) & np.isfinite(ground_truth)
+    if not known.any():
+        return math.nan, math.nan
+    truth, others = ground_truth[known], candidates[known]
+    return (
+        float((truth > np.nanmin(others, axis=1)).mean()),
+        float((truth > np.nanmax(others, axis=1)).mean()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One measurement with the bar it has to reach (None: reported only)."""
+
+    name: str
+    value: float
+    bar: float | None
+    at_most: bool = False
+    """Whether the bar is an upper one."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bar is reached; a value that is not known passes no bar."""
+        if self.bar is None:
+            return True
+        return self.value <= self.bar if self.at_most else self.value >= self.bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReport:
+    """All gates measured on one set of held-out real pairs."""
+
+    num_clips: int
+    num_unusable: int
+    """Clips left out since their sound is silent, clipped or not finite."""
+    gates: tuple[Gate, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate with a bar passed."""
+        return all(gate.passed for gate in self.gates)
+
+    def value(self, name: str) -> float:
+        """Return one gate's value."""
+        return next(gate.value for gate in self.gates if gate.name == name)
+
+    def to_json(self) -> dict[str, object]:
+        """Return name -> value, bar and verdict."""
+        return {
+            "num_clips": self.num_clips,
+            "num_unusable": self.num_unusable,
+            "passed": self.passed,
+            "gates": {g.name: {"value": g.value, "bar": g.bar, "passed": g.passed} for g in self.gates},
+        }
+
+
+@dataclass(frozen=True)
+class _Clip:
+    video: VideoFeatures
+    wave: Tensor
+    rate_hz: int
+    video_vector: np.ndarray
+    audio_vector: np.ndarray
+    real: float
+
+
+def measure(reward: Reward, pairs: Iterable[tuple[Tensor, Tensor, int]]) -> GateReport:
+    """Measure the gates on held-out real pairs (frames [1, T, 3, H, W] in [0, 1], wave [1, S], rate in Hz).
+
+    All clips are of one duration. ValueError if fewer than two have usable sound.
+    """
+    clips, num_unusable = _look(reward, pairs)
+    if len(clips) < 2:
+        raise ValueError(f"the gates need at least 2 clips with usable sound, got {len(clips)}")
+    real = np.array([clip.real for clip in clips])
+    mismatched = np.array(
+        [
+            _total(reward, clip.video, other.wave, other.rate_hz)
+            for clip, other in zip(clips, [*clips[1:], clips[0]], strict=True)
+        ]
+    )
+    found = retrieval(np.stack([c.video_vector for c in clips]), np.stack([c.audio_vector for c in clips]))
+    by_shift = {shift_s: _shifted(reward, clips, shift_s) for shift_s in SHIFTS_S}
+    gain_change = max(
+        abs(_total(reward, c.video, c.wave * 10 ** (gain_db / 20), c.rate_hz) - c.real)
+        for c in clips
+        for gain_db in GAINS_DB
+        if float(c.wave.abs().max()) * 10 ** (gain_db / 20) < 1
+    )
+    gates = [
+        Gate(name="r1_v2a", value=found.video_to_audio_r1, bar=0.85),
+        Gate(name="r1_a2v", value=found.audio_to_video_r1, bar=0.85),
+        Gate(name="r10_v2a", value=found.video_to_audio_r10, bar=None),
+        Gate(name="r10_a2v", value=found.audio_to_video_r10, bar=None),
+        Gate(name="auc_mismatched", value=auc(real, mismatched), bar=0.90),
+        Gate(name="auc_shift_500ms", value=auc(np.repeat(real, 2), by_shift[0.5].ravel()), bar=0.70),
+        *(
+            Gate(
+                name=f"shift_acc_{1000 * shift_s:.0f}ms",
+                value=preferred_share(np.stack([real, real], axis=1), wrong),
+                bar=0.95 if shift_s >= 0.125 else None,
+            )
+            for shift_s, wrong in by_shift.items()
+        ),
+        Gate(name="gain_change", value=gain_change, bar=0.01, at_most=True),
+    ]
+    return GateReport(num_clips=len(clips), num_unusable=num_unusable, gates=tuple(gates))
+
+
+def _look(reward: Reward, pairs: Iterable[tuple[Tensor, Tensor, int]]) -> tuple[list[_Clip], int]:
+    clips: list[_Clip] = []
+    num_unusable = 0
+    for frames, wave, rate_hz in pairs:
+        video = reward.video_features(frames)
+        score = reward.score(video, wave, rate_hz)[0]
+        if not score.valid:
+            num_unusable += 1
+            continue
+        sound = reward.sound_features(wave, rate_hz, video)
+        vectors = [_mean_vector(streams.slow) for streams in (video.streams, sound)]
+        clips.append(_Clip(video, wave, rate_hz, vectors[0], vectors[1], score.total))
+    return clips, num_unusable
+
+
+def _mean_vector(slow: Tensor) -> np.ndarray:
+    """Clip vectors of the windows [W, T, D], averaged and brought back to unit length."""
+    return torch.nn.functional.normalize(clip_vector(slow).mean(dim=0), dim=0).cpu().numpy()
+
+
+def _total(reward: Reward, video: VideoFeatures, wave: Tensor, rate_hz: int) -> float:
+    return reward.score(video, wave, rate_hz)[0].total
+
+
+def _shifted(reward: Reward, clips: list[_Clip], shift_s: float) -> np.ndarray:
+    """R of each clip's sound rolled late and early, [n, 2]: rolled in a circle, so that no silence gives it away."""
+    rows = []
+    for clip in clips:
+        samples = round(shift_s * clip.rate_hz)
+        waves = torch.cat([torch.roll(clip.wave, sign * samples, dims=1) for sign in (1, -1)])
+        rows.append([score.total for score in reward.score(clip.video, waves, clip.rate_hz)])
+    return np.array(rows)

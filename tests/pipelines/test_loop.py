@@ -1,0 +1,238 @@
+"""The loop in one process: the losses of a plain torch loop, exact resume, skipped steps, averages."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.ema import WeightAverage, exponential_decay
+from models.weights import load_weights
+from pipelines.errors import EnvironmentFailed, InputError
+from pipelines.training.batches import BatchSource, RowGroups
+from pipelines.training.journal import read_journal
+from pipelines.training.launch import fit
+from pipelines.training.loop import TrainingOrder, TrainingResult
+from pipelines.training.objective import TrainingOptions
+from pipelines.training.order import BatchPlan, GlobalOrder
+from tests.feature_factory import write_features
+from tests.toy_objective import ToyObjective, ToyTrainee
+
+OPTIONS = TrainingOptions(
+    steps=9,
+    batch_size=8,
+    lr=3e-2,
+    warmup_steps=2,
+    schedule="cosine",
+    clip=0.5,
+    weight_decay=0.1,
+    checkpoint_every=3,
+    validate_every=4,
+)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_features(tmp_path_factory.mktemp("data") / "features", {"train": 40, "val": 16}))
+
+
+def _fit(objective: ToyObjective, options: TrainingOptions, out: Path) -> TrainingResult:
+    out.mkdir(parents=True, exist_ok=True)
+    return fit(TrainingOrder(objective, options, str(out)), num_workers=0, report=lambda step, metrics: None)
+
+
+def _losses(out: Path) -> list[tuple[int, float]]:
+    records = read_journal(out / "metrics.jsonl")
+    return [(int(r["step"] or 0), r["loss"]) for r in records]  # pyright: ignore[reportReturnType]
+
+
+def _plain_losses(features: str, options: TrainingOptions) -> tuple[list[float], ToyTrainee, WeightAverage]:
+    """What a loop without DeepSpeed, Ray or checkpoints gives."""
+    objective = ToyObjective(features=features)
+    trainee = objective.build(torch.device("cpu"))
+    assert isinstance(trainee, ToyTrainee)
+    groups = RowGroups(objective.training_data, objective.columns)
+    source = BatchSource(
+        groups=groups,
+        order=GlobalOrder(groups.sizes, options.seed),
+        plan=BatchPlan(options.batch_size, 1),
+        rank=0,
+        seed=options.seed,
+        collate=objective.collate,
+    )
+    optimizer = torch.optim.AdamW(
+        trainee.parameters(), options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+    )
+    average = WeightAverage(trainee.parameters())
+    losses = []
+    for step, batch in enumerate(source.micro_batches(0, options.steps)):
+        loss, _ = trainee(batch, lambda tensor: tensor)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainee.parameters(), options.clip or math.inf)
+        optimizer.param_groups[0]["lr"] = options.learning_rates()(step)
+        optimizer.step()
+        average.update(trainee.parameters(), exponential_decay(step + 1, 0.9))
+        losses.append(float(loss.detach()))
+    return losses, trainee, average
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_gives_the_losses_and_weights_of_a_plain_torch_loop(
+    features: str, tmp_path: Path, stage: int
+) -> None:
+    _fit(ToyObjective(features=features), dataclasses.replace(OPTIONS, zero_stage=stage), tmp_path)
+    expected, trainee, _ = _plain_losses(features, OPTIONS)
+    assert [loss for _, loss in _losses(tmp_path)] == pytest.approx(expected, rel=2e-6)
+    exported = load_weights(tmp_path / "toy.safetensors")
+    for name, value in trainee.state_dict().items():
+        torch.testing.assert_close(exported[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_learning_rate_and_clipping_of_the_comparison_matter(features: str) -> None:
+    expected, _, _ = _plain_losses(features, OPTIONS)
+    for change in ({"clip": 1e9}, {"lr": 2e-2}, {"weight_decay": 0.0}, {"schedule": "constant"}):
+        other, _, _ = _plain_losses(features, dataclasses.replace(OPTIONS, **change))
+        assert other != pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_and_export_use_the_average_of_the_weights_and_training_does_not(
+    features: str, tmp_path: Path
+) -> None:
+    result = _fit(ToyObjective(features=features), dataclasses.replace(OPTIONS, ema_decay=0.9), tmp_path)
+    expected, _, average = _plain_losses(features, OPTIONS)
+    assert [loss for _, loss in _losses(tmp_path)] == pytest.approx(expected, rel=2e-6)
+    exported = list(load_weights(tmp_path / "toy.safetensors").values())
+    shapes = {tuple(shadow.shape): shadow for shadow in average.shadows}
+    for value in exported:
+        torch.testing.assert_close(value, shapes[tuple(value.shape)], rtol=1e-5, atol=1e-6)
+    without = _fit(ToyObjective(features=features), OPTIONS, tmp_path / "without")
+    assert result.metrics["val_loss"] != pytest.approx(without.metrics["val_loss"], rel=1e-4)
+
+
+def test_two_accumulation_steps_equal_one_where_the_loss_is_a_mean(tmp_path: Path) -> None:
+    # The toy's batch-wide term is no mean over samples, so the flow-matching objective is the one to ask.
+    from pipelines.training.flow_matching_objective import FlowMatchingObjective, fit_starting_policy
+
+    features = str(write_features(tmp_path / "features", {"train": 40}))
+    fit_starting_policy("tiny", 0, features, "train", tmp_path / "start")
+    objective = FlowMatchingObjective(start=str(tmp_path / "start"), features=features, size="tiny", val_split=None)
+    losses = []
+    for accumulation in (1, 2):
+        options = TrainingOptions(steps=3, batch_size=4, lr=1e-2, accumulation=accumulation, checkpoint_every=100)
+        out = tmp_path / f"accumulation_{accumulation}"
+        out.mkdir()
+        fit(TrainingOrder(objective, options, str(out)), num_workers=0, report=lambda step, metrics: None)
+        losses.append([loss for _, loss in _losses(out)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][2] != pytest.approx(losses[0][0], rel=1e-3)
+
+
+class _Stop(Exception):
+    pass
+
+
+def _interrupted(objective: ToyObjective, options: TrainingOptions, out: Path, at_step: int) -> None:
+    def report(step: int, metrics: dict[str, float]) -> None:
+        if step == at_step:
+            raise _Stop
+
+    out.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(_Stop):
+        fit(TrainingOrder(objective, options, str(out)), num_workers=0, report=report)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("at_step", [2, 5, 9])
+def test_an_interrupted_run_ends_with_the_journal_and_weights_of_an_uninterrupted_one(
+    features: str, tmp_path: Path, stage: int, at_step: int
+) -> None:
+    options = dataclasses.replace(OPTIONS, zero_stage=stage, ema_decay=0.9)
+    whole = _fit(ToyObjective(features=features), options, tmp_path / "whole")
+    _interrupted(ToyObjective(features=features), options, tmp_path / "cut", at_step)
+    resumed = _fit(ToyObjective(features=features), options, tmp_path / "cut")
+    assert _losses(tmp_path / "cut") == _losses(tmp_path / "whole")
+    assert resumed.metrics == whole.metrics
+    for name, value in load_weights(tmp_path / "whole" / "toy.safetensors").items():
+        assert torch.equal(load_weights(tmp_path / "cut" / "toy.safetensors")[name], value)
+
+
+def test_a_finished_run_called_again_exports_again_without_a_step(features: str, tmp_path: Path) -> None:
+    first = _fit(ToyObjective(features=features), OPTIONS, tmp_path)
+    (tmp_path / "toy.safetensors").unlink()
+    steps: list[int] = []
+    again = fit(
+        TrainingOrder(ToyObjective(features=features), OPTIONS, str(tmp_path)),
+        num_workers=0,
+        report=lambda step, metrics: steps.append(step),
+    )
+    assert (again, steps) == (first, [])
+    assert (tmp_path / "toy.safetensors").exists()
+    assert [step for step, _ in _losses(tmp_path)] == list(range(1, 10))
+
+
+def test_a_broken_newest_checkpoint_is_named_and_the_one_before_used(features: str, tmp_path: Path) -> None:
+    _interrupted(ToyObjective(features=features), OPTIONS, tmp_path / "cut", 8)
+    newest = tmp_path / "cut" / "checkpoints" / "step_00000006-1"
+    weights = next(newest.glob("*model_states.pt"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+    result = _fit(ToyObjective(features=features), OPTIONS, tmp_path / "cut")
+    _fit(ToyObjective(features=features), OPTIONS, tmp_path / "whole")
+    assert len(result.notes) == 1
+    assert "step_00000006-1 passed over" in result.notes[0]
+    assert "bytes instead of" in result.notes[0]
+    assert _losses(tmp_path / "cut") == _losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_step_that_is_not_finite_is_skipped_and_counted_and_changes_nothing(
+    features: str, tmp_path: Path, stage: int
+) -> None:
+    options = dataclasses.replace(OPTIONS, zero_stage=stage, steps=5, schedule="constant", warmup_steps=0)
+    result = _fit(ToyObjective(features=features, bad_steps=(2,)), options, tmp_path / "bad")
+    clean = _fit(ToyObjective(features=features), dataclasses.replace(options, steps=2), tmp_path / "clean")
+    assert (result.skipped_steps, clean.skipped_steps) == (1, 0)
+    records = read_journal(tmp_path / "bad" / "metrics.jsonl")
+    assert [r["skipped"] for r in records] == [0, 0, 1, 0, 0]
+    assert records[2]["loss"] is None
+    assert all(math.isfinite(r["loss"] or math.nan) for i, r in enumerate(records) if i != 2)
+    stopped = dataclasses.replace(options, steps=3)
+    _fit(ToyObjective(features=features, bad_steps=(2,)), stopped, tmp_path / "skip_last")
+    for name, value in load_weights(tmp_path / "clean" / "toy.safetensors").items():
+        assert torch.equal(load_weights(tmp_path / "skip_last" / "toy.safetensors")[name], value)
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_their_numbers(features: str, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, max_bad_steps=3)
+    with pytest.raises(EnvironmentFailed, match=r"steps 5 to 7 .*not finite.*--lr"):
+        _fit(ToyObjective(features=features, bad_steps=(4, 5, 6)), options, tmp_path)
+    state = json.loads((tmp_path / "checkpoints" / "step_00000006-1" / "training.json").read_text())
+    assert (state["step"], state["skipped_steps"]) == (6, 2)
+
+
+def test_an_average_of_power_form_is_kept_too(features: str, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, ema_width=0.1)
+    _interrupted(ToyObjective(features=features), options, tmp_path / "cut", 7)
+    _fit(ToyObjective(features=features), options, tmp_path / "cut")
+    _fit(ToyObjective(features=features), options, tmp_path / "whole")
+    cut, whole = (load_weights(tmp_path / name / "toy.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+    last, _, _ = _plain_losses(features, options)
+    assert len(last) == 9
+
+
+def test_a_validation_split_smaller_than_a_batch_is_an_input_error(features: str, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, batch_size=32)
+    with pytest.raises(InputError, match="no whole validation batch in 16 rows"):
+        _fit(ToyObjective(features=features, batch_size=32), options, tmp_path)
+
+
+def test_options_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InputError, match="zero-stage"):
+        TrainingOptions(steps=1, batch_size=1, lr=1.0, zero_stage=4)
+    with pytest.raises(InputError, match="at least 1"):
+        TrainingOptions(steps=0, batch_size=1, lr=1.0)
+    with pytest.raises(InputError, match="two kinds of average"):
+        TrainingOptions(steps=1, batch_size=1, lr=1.0, ema_decay=0.9, ema_width=0.05)
