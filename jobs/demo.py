@@ -1,0 +1,170 @@
+"""The whole line on the synthetic world: python jobs/demo.py --out runs/demo.
+
+Every stage is the job of that name with the tiny preset, and its command is printed, so that each can be given by hand.
+Killed and started again it goes on where it was.
+"""
+
+import importlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs import cli
+
+if TYPE_CHECKING:
+    from pipelines.training.workers import WorkerGroup
+
+SECONDS = "seconds.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Make the synthetic world, train SF-CAVP and M_0 on it, run preference rounds with their control, and report."""
+
+    out: cli.StoragePath
+    """Folder for everything the demo makes."""
+    preset: str = "tiny"
+    """Preset of every stage."""
+    rounds: int = 2
+    """Preference rounds."""
+    num_train: int = 2048
+    """Clips that SF-CAVP and M_0 are trained on."""
+    num_rpo: int = 512
+    """Clips of the preference rounds."""
+    num_val: int = 256
+    """Clips for calibration and gates."""
+    num_test: int = 256
+    """Clips of the reported table."""
+    num_workers: int = 2
+    """Workers of every stage."""
+    seed: int = 0
+    """Seed of the world."""
+
+    def __post_init__(self) -> None:
+        cli.require(self.rounds >= 1, f"--rounds must be at least 1, got {self.rounds}")
+        cli.require(self.num_workers >= 1, f"--num-workers must be at least 1, got {self.num_workers}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the demo: a job with its flags, and the folder whose manifest says that it is done."""
+
+    name: str
+    job: str
+    flags: tuple[str, ...]
+    done: str
+
+
+def steps(options: Options) -> list[Step]:
+    """The stages in order, as the commands a person would give."""
+    out, workers = options.out, ("--num-workers", str(options.num_workers))
+    features, reward, m0 = f"{out}/features", f"{out}/sf_cavp", f"{out}/m0"
+    data = ("--features", features)
+    counts = [f"--num-{split}={getattr(options, f'num_{split}')}" for split in ("train", "rpo", "val", "test")]
+
+    def step(name: str, job: str, place: str, *flags: str) -> Step:
+        return Step(name, job, (*flags, "--out", place), place)
+
+    def scores(name: str, *flags: str) -> Step:
+        place = f"{out}/scores/{name}"
+        return step(f"evaluate_{name}", "evaluate", place, *data, "--reward", reward, "--split=test", *workers, *flags)
+
+    models = {"m0": m0}
+    for k in range(options.rounds):
+        models[f"m{k + 1}"] = f"{out}/rpo/round_{k}/policy"
+    models[f"control{options.rounds}"] = f"{out}/rpo/round_{options.rounds - 1}/control"
+    shown = ["ground_truth", "inverted", *models]
+    labels = ["real", "real, inverted", *(_label(name) for name in models)]
+    return [
+        step("world", "make_demo_world", f"{out}/world", *counts, f"--seed={options.seed}", *workers),
+        step("preprocess", "preprocess", features, "--manifest", f"{out}/world/clips.csv", *workers),
+        step("sf_cavp", "train_sf_cavp", reward, *data, *workers),
+        step("m0", "train_mmdit", m0, *data, *workers),
+        step(
+            "rpo",
+            "rpo_rounds",
+            f"{out}/rpo",
+            *("--policy", m0, "--reward", reward, *data, f"--rounds={options.rounds}", "--with-control", *workers),
+        ),
+        scores("ground_truth", "--subject=ground_truth"),
+        scores("inverted", "--subject=inverted"),
+        *(scores(name, "--policy", place, "--num-candidates=5") for name, place in models.items()),
+        scores("shuffled", "--policy", m0, "--subject=shuffled"),
+        step(
+            "check_reward",
+            "check_reward",
+            f"{out}/gates",
+            *("--reward", reward, *data, "--split=test"),
+            *("--scores", f"{out}/scores/m0", "--truth-scores", f"{out}/scores/inverted"),
+        ),
+        step(
+            "report",
+            "report",
+            f"{out}/report",
+            *("--scores", *(f"{out}/scores/{name}" for name in shown), "--labels", *labels, "--baseline=M_0"),
+            *data,
+        ),
+    ]
+
+
+def _label(name: str) -> str:
+    return f"M_{name[1:]}" if name.startswith("m") else f"control {name.removeprefix('control')}"
+
+
+def main(options: Options) -> int:
+    """Run what is not done yet, print the table, write summary.json."""
+    from pipelines.cluster import connect
+    from pipelines.evaluation.demo_summary import demo_summary, demo_table
+    from pipelines.tracking import open_launch
+    from pipelines.training.workers import warm_workers
+
+    todo = steps(options)
+    started = time.monotonic()
+    with open_launch(options.out, "demo", params=vars(options), tags={}) as launch:
+        if any(not _is_done(step) for step in todo):
+            with connect(num_cpus=options.num_workers), warm_workers(options.num_workers) as group:
+                for step in todo:
+                    _run(step, options, group)
+        summary = demo_summary(options.out, rounds=options.rounds, seconds=_seconds(options))
+        (Path(options.out) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        launch.file(Path(options.out) / "summary.json")
+        launch.file(Path(options.out) / "report" / "index.html", "listening_page")
+    print(demo_table(summary))
+    print(f"{time.monotonic() - started:.0f} s this time; all numbers: {options.out}/summary.json")
+    print(f"listen: {options.out}/report/index.html")
+    return 0 if summary["gate_passed"] else 4
+
+
+def _run(step: Step, options: Options, group: "WorkerGroup") -> None:
+    """Run one stage unless it is done, and note how long it took."""
+    command = [options.preset, *step.flags]
+    print(f"\n$ python jobs/{step.job}.py {shlex.join(command)}", flush=True)
+    was_done = _is_done(step)
+    module = importlib.import_module(f"jobs.{step.job}")
+    started = time.monotonic()
+    parsed = cli.parse(step.job, module.Options, command)
+    run: Callable[..., int] = module.main
+    code = run(parsed, group) if step.job in ("train_sf_cavp", "train_mmdit", "rpo_rounds") else run(parsed)
+    if code:
+        sys.exit(code)
+    if not was_done:
+        seconds = _seconds(options) | {step.name: round(time.monotonic() - started, 1)}
+        (Path(options.out) / SECONDS).write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+
+
+def _is_done(step: Step) -> bool:
+    return (Path(step.done) / "manifest.json").exists()
+
+
+def _seconds(options: Options) -> dict[str, Any]:
+    path = Path(options.out) / SECONDS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    cli.run("demo", Options, main)
