@@ -11,17 +11,18 @@ steps: zeros would mark the borders, and a reward could then tell a position wit
 padded by zeros.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 LATERAL_RATIO = 2
-GROUP_CHANNELS = 8
 
-NormKind = Literal["batch", "group"]
+NormKind = Literal["batch", "fitted"]
 BlockKind = Literal["bottleneck", "basic"]
 
 
@@ -57,7 +58,7 @@ class TrunkConfig:
     """Whether the last stage hands its fast stream over as well."""
     block: BlockKind
     norm: NormKind
-    """`batch` is what the published trunks use; `group` makes a clip's features independent of its batch and rank."""
+    """`batch` is what the published trunks use, `fitted` does without statistics of the batch (`FittedNorm`)."""
     stages: tuple[StageConfig, ...]
 
     @property
@@ -72,9 +73,53 @@ class TrunkConfig:
         return self.stages[-1].fast_width
 
 
+class FittedNorm(nn.Module):
+    """Batch norm whose statistics are fitted once, on real clips before the first step, and then stay.
+
+    A clip's features then depend on nothing but the clip: not on its batch, the number of ranks or train and eval mode,
+    nor, as with group norm, on what else happens in it. In trials the tiny size learned to retrieve about as fast as
+    with batch norm, and several times faster than with group norm.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, channels: int, *, affine: bool = True) -> None:
+        """`affine=False` leaves out the learned weight and bias."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+        self.is_fitting = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, ...] -> the same shape."""
+        if self.is_fitting:
+            with torch.no_grad():
+                by_channel = x.detach().double().transpose(0, 1).flatten(1)
+                self.mean.copy_(by_channel.mean(dim=1))
+                self.variance.copy_(by_channel.var(dim=1))
+        return F.batch_norm(x, self.mean, self.variance, self.weight, self.bias, training=False, eps=1e-5)
+
+
+@contextmanager
+def fitting(module: nn.Module) -> Iterator[None]:
+    """Let every `FittedNorm` in `module` take its statistics from what passes through it, without gradient."""
+    norms = [m for m in module.modules() if isinstance(m, FittedNorm)]
+    for norm in norms:
+        norm.is_fitting = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for norm in norms:
+            norm.is_fitting = False
+
+
 def _norm(kind: NormKind, channels: int, space_dims: int) -> nn.Module:
-    if kind == "group":
-        return nn.GroupNorm(max(1, channels // GROUP_CHANNELS), channels)
+    if kind == "fitted":
+        return FittedNorm(channels)
     return nn.BatchNorm3d(channels) if space_dims == 2 else nn.BatchNorm2d(channels)
 
 
@@ -170,7 +215,7 @@ class ResidualBlock(nn.Module):
                 _norm(norm, out_channels, dims),
             ]
         last_norm = layers[-1]
-        assert isinstance(last_norm, nn.GroupNorm | nn.BatchNorm2d | nn.BatchNorm3d)
+        assert isinstance(last_norm.weight, nn.Parameter)
         nn.init.zeros_(last_norm.weight)  # a block starts as its skip connection (B1)
         self.branch = nn.Sequential(*layers)
         self.skip = (
@@ -311,7 +356,7 @@ def tiny_trunk(kind: Literal["video", "audio"]) -> TrunkConfig:
         lateral_kernel=5,
         lateral_after_last=True,
         block="basic",
-        norm="group",
+        norm="fitted",
         stages=tuple(
             StageConfig(
                 slow_width=slow,

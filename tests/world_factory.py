@@ -6,6 +6,7 @@ the networks have learnt nothing; the reward is calibrated, so that its values s
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from models.codec import build_codec
@@ -66,7 +67,7 @@ def write_world(out: Path, splits: dict[str, int], spoilt: tuple[str, ...] = ())
 def write_policy(out: Path, features: Path, seed: int = 0) -> Path:
     """Write an untrained tiny policy whose transforms are fitted on the features."""
     table = Dataset.open(str(features), FEATURES).read(["latent_mean", "clip_features", "sync_features"])
-    columns = [torch.from_numpy(column_to_numpy(table[name])).float() for name in table.column_names]
+    columns = [torch.from_numpy(np.array(column_to_numpy(table[name]), np.float32)) for name in table.column_names]
     policy = Policy.create("tiny", seed)
     policy.fit_statistics([(columns[0], columns[1], columns[2])])
 
@@ -87,7 +88,7 @@ def write_reward(out: Path, features: Path, split: str = "val", seed: int = 0) -
     pairs = [
         (
             torch.from_numpy(decode_frames(frames)).permute(0, 3, 1, 2)[None] / 255,
-            codec.decode(torch.from_numpy(latents)[None]),
+            codec.decode(torch.from_numpy(np.array(latents))[None]),
             TINY.sample_rate_hz,
         )
         for frames, latents in zip(table["frames"].to_pylist(), column_to_numpy(table["latent_mean"]), strict=True)

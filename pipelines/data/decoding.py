@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import select
 import struct
@@ -97,7 +98,10 @@ class Decoder:
             MediaError: it cannot be opened.
         """
         header, _ = self._ask({"do": "probe", "path": os.fspath(path), "max_pixels": max_pixels}, None)
-        return MediaInfo(**header["info"])
+        try:
+            return MediaInfo(**header["info"])
+        except (KeyError, TypeError) as error:
+            raise MediaError("decoder_crash", f"the decoder's answer is not understood: {error!r}") from error
 
     def close(self) -> None:
         """End the child."""
@@ -136,9 +140,13 @@ class Decoder:
             header = json.loads(bytes(self._receive(size, deadline)))
         except ValueError as error:
             raise _ChildDied("its answer is not JSON") from error
-        if "reason" in header:
-            raise MediaError(header["reason"], header["detail"])
-        return header, self._receive(_payload_bytes(header, request), deadline)
+        try:
+            if "reason" in header:
+                raise MediaError(str(header["reason"]), str(header["detail"]))
+            payload_bytes = _payload_bytes(header, request)
+        except (KeyError, TypeError, OverflowError) as error:
+            raise _ChildDied(f"its answer is not understood: {error!r}") from error
+        return header, self._receive(payload_bytes, deadline)
 
     def _ready_child(self) -> subprocess.Popen[bytes]:
         if self._served >= self.limits.clips_per_child:
@@ -198,7 +206,7 @@ def _how_it_ended(child: subprocess.Popen[bytes]) -> str:
 
 
 def _audio_length(header: Mapping[str, Any], request: WindowRequest) -> int:
-    rate_hz, margin = int(header["audio_rate_hz"]), int(header["audio_margin"])
+    rate_hz, margin = operator.index(header["audio_rate_hz"]), operator.index(header["audio_margin"])
     if not request.audio_samples:
         return 0
     if not (0 < rate_hz <= MAX_RATE_HZ and 0 <= margin <= rate_hz):
@@ -209,6 +217,8 @@ def _audio_length(header: Mapping[str, Any], request: WindowRequest) -> int:
 def _payload_bytes(header: Mapping[str, Any], request: WindowRequest | None) -> int:
     if request is None:
         return 0
+    if not 0 <= float(header["valid_s"]) <= request.duration_s:
+        raise _ChildDied(f"it says that {header['valid_s']} of {request.duration_s} s are real")
     frames = sum(grid.num_frames * grid.size_px**2 * 3 for grid in request.grids)
     return frames + 4 * _audio_length(header, request)
 

@@ -29,6 +29,8 @@ SEEK_MARGIN_S = 1.0
 """A window is sought this much early, so that decoders have settled when it starts."""
 CONTAINER_MAGIC = (b"\x1aE\xdf\xa3", b"RIFF", b"OggS", b"fLaC", b"ID3")
 MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"moof")
+LOOKS_CUT = frozenset({"no_video", "no_audio", "unsupported_codec", "empty", "too_short", "not_media"})
+"""What a file whose header was cut seems to be."""
 STILL_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
 
 
@@ -148,16 +150,37 @@ def read_window(file: IO[bytes], request: WindowRequest) -> DecodedWindow:
     Raises:
         MediaError: any reason that lies in the file itself.
     """
-    if request.start_s > 2 * SEEK_MARGIN_S:
-        reader = _WindowReader(file, request, seek=True)
-        decoded = reader.read()
-        if decoded is not None:
-            return decoded
-        file.seek(0)
-    decoded = _WindowReader(file, request, seek=False).read()
+    try:
+        decoded = _WindowReader(file, request, seek=True).read() if request.start_s > 2 * SEEK_MARGIN_S else None
+        if decoded is None:
+            file.seek(0)
+            decoded = _WindowReader(file, request, seek=False).read()
+    except MediaError as error:
+        if error.reason in LOOKS_CUT and _is_cut_mp4(file):
+            raise MediaError("truncated", f"the file ends inside a box; {error.detail}") from error
+        raise
     if decoded is None:
         raise RuntimeError("reading from the start of a file cannot start late")
     return decoded
+
+
+def _is_cut_mp4(file: IO[bytes]) -> bool:
+    """Whether the last top-level box of an mp4 runs past the end of the file."""
+    end = file.seek(0, 2)
+    position = 0
+    while position + 8 <= end:
+        file.seek(position)
+        header = file.read(16)
+        if position == 0 and header[4:8] not in MP4_BOXES:
+            return False
+        size = int.from_bytes(header[:4], "big")
+        if size == 1:
+            size = int.from_bytes(header[8:16], "big")
+        if size < 8:
+            # 0 means "to the end of the file"; less than a header is damage, not a cut.
+            return False
+        position += size
+    return position > end
 
 
 class _WindowReader:

@@ -31,7 +31,7 @@ class ClipScores:
         table = table.sort_by("clip_id")
         clip_ids = tuple(table["clip_id"].to_pylist())
         reward = _fields(table["reward"].combine_chunks())
-        scalars = {f.name: _floats(table[f.name]) for f in table.schema if _is_number(f.type)}
+        scalars = {f.name: _floats(table[f.name]) for f in table.schema if _is_number(f.type) and f.name != "seed"}
         for name, part in (("reward", "total"), ("reward_semantic", "semantic"), ("reward_temporal", "temporal")):
             scalars[name] = _floats(reward[part])
         counts = set(table["candidates"].combine_chunks().value_lengths().to_pylist())
@@ -97,4 +97,4 @@ def _fields(structs: pa.StructArray) -> dict[str, pa.Array]:
 
 def _candidate_fields(column: pa.ChunkedArray, num_clips: int) -> dict[str, np.ndarray]:
     fields = _fields(column.combine_chunks().flatten())
-    return {name: _floats(values).reshape(num_clips, -1) for name, values in fields.items()}
+    return {name: _floats(values).reshape(num_clips, -1) for name, values in fields.items() if name != "seed"}

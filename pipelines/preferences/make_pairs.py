@@ -218,7 +218,10 @@ def read_clips(features: Dataset, unit: Unit) -> Iterator[dict[str, Any]]:
         table = tables[place]
         index = table["clip_id"].to_pylist().index(row["clip_id"])
         one = table.slice(index, 1)
-        yield {name: column_to_numpy(one[name])[0] if name in TENSORS else one[name][0].as_py() for name in COLUMNS}
+        yield {
+            name: np.array(column_to_numpy(one[name])[0]) if name in TENSORS else one[name][0].as_py()
+            for name in COLUMNS
+        }
 
 
 class PairWorker:

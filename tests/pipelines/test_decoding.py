@@ -24,7 +24,8 @@ REQUEST = WindowRequest(
 REPLY = (
     "import sys,struct,json\n"
     "def reply(h, body=b''):\n"
-    "    h=json.dumps(h).encode(); sys.stdout.buffer.write(struct.pack('<I',len(h))+h+body); sys.stdout.buffer.flush()\n"
+    "    h=json.dumps(h).encode()\n"
+    "    sys.stdout.buffer.write(struct.pack('<I',len(h))+h+body); sys.stdout.buffer.flush()\n"
 )
 
 
@@ -119,7 +120,7 @@ def test_a_stopped_child_is_a_hang_too(clip: Path) -> None:
     "code",
     [
         "sys.stdin.readline(); sys.stdout.write('x' * 4096); sys.stdout.flush(); sys.stdin.read()",
-        "sys.stdin.readline(); sys.stdout.buffer.write(struct.pack('<I', 3) + b'no!'); sys.stdout.flush(); sys.stdin.read()",
+        "sys.stdin.readline(); sys.stdout.buffer.write(b'\\3\\0\\0\\0no!'); sys.stdout.flush(); sys.stdin.read()",
         "sys.stdin.readline(); reply({'valid_s': 2.0, 'audio_rate_hz': 10**9, 'audio_margin': 0}); sys.stdin.read()",
         "sys.stdin.readline(); reply({'valid_s': 2.0}); sys.stdin.read()",
         "sys.stdin.readline(); reply([1]); sys.stdin.read()",
@@ -163,7 +164,8 @@ def test_the_child_has_limits_and_sees_no_secrets(clip: Path, monkeypatch: pytes
 
 def test_the_child_ends_with_its_parent(clip: Path) -> None:
     code = (
-        "import sys, time\nfrom pipelines.data.decoding import Decoder\nfrom tests.pipelines.test_decoding import REQUEST\n"
+        "import sys, time\nfrom pipelines.data.decoding import Decoder\n"
+        "from tests.pipelines.test_decoding import REQUEST\n"
         f"d = Decoder(); d.decode({str(clip)!r}, REQUEST); print(d.child_pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from models.codec import build_codec
+from models.spec import SPECS
+
+SPEC = SPECS["tiny"]
+
+
+def two_tones() -> torch.Tensor:
+    """[2, S]: a beep of 2400 Hz from 0.5 to 0.8 s, and one of 560 Hz from 1.5 to 1.7 s."""
+    t = torch.arange(SPEC.num_samples) / SPEC.sample_rate_hz
+    first = 0.2 * torch.sin(2 * torch.pi * 2400 * t) * ((t > 0.5) & (t < 0.8))
+    second = 0.3 * torch.sin(2 * torch.pi * 560 * t) * ((t > 1.5) & (t < 1.7))
+    return torch.stack([first, second])
+
+
+def test_encode_gives_latents_of_the_spec_with_no_spread() -> None:
+    mean, std = build_codec("tiny").encode(two_tones())
+    assert mean.shape == std.shape == (2, SPEC.latent_len, SPEC.latent_dim)
+    assert not std.any()
+
+
+def test_a_latent_token_holds_its_own_sixteenth_of_a_second() -> None:
+    codec = build_codec("tiny")
+    silent, _ = codec.encode(torch.zeros(1, SPEC.num_samples))
+    clicks = torch.zeros(1, SPEC.num_samples)
+    clicks[0, round(1.0 * SPEC.sample_rate_hz) + 500] = 0.9
+    changed = (codec.encode(clicks)[0] - silent).abs().sum(dim=2)[0]
+    assert changed.nonzero().flatten().tolist() == [16]
+
+
+def test_a_decoded_sound_has_the_level_the_time_and_the_pitch_of_the_original() -> None:
+    codec = build_codec("tiny")
+    waves = two_tones()
+    decoded = codec.decode(codec.encode(waves)[0])
+    assert decoded.shape == waves.shape
+    for wave, again, hz, start, end in zip(waves, decoded, (2400, 560), (0.5, 1.5), (0.8, 1.7), strict=True):
+        inside = slice(round(start * 16_000), round(end * 16_000))
+        energy = again.square().sum()
+        assert again[inside].square().sum() > 0.97 * energy
+        assert 0.5 < energy / wave.square().sum() < 2.0
+        spectrum = torch.fft.rfft(again).abs()
+        assert abs(int(spectrum.argmax()) / 2.5 - hz) < 80
+
+
+def test_encoding_a_decoded_sound_gives_nearly_the_same_latents() -> None:
+    codec = build_codec("tiny")
+    mean, _ = codec.encode(two_tones() + 0.003 * torch.randn(2, SPEC.num_samples, generator=torch.Generator()))
+    again, _ = codec.encode(codec.decode(mean))
+    assert (again - mean).abs().mean() < 0.1 * mean.std()
+
+
+def test_decoding_is_deterministic_and_does_not_depend_on_the_batch() -> None:
+    codec = build_codec("tiny")
+    mean, _ = codec.encode(two_tones())
+    torch.manual_seed(1)
+    together = codec.decode(mean)
+    torch.manual_seed(2)
+    alone = torch.cat([build_codec("tiny").decode(mean[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("level", [-50.0, 0.0, 50.0])
+def test_any_latents_decode_to_a_finite_sound_in_range(level: float) -> None:
+    decoded = build_codec("tiny").decode(torch.full((1, SPEC.latent_len, SPEC.latent_dim), level))
+    assert torch.isfinite(decoded).all()
+    assert decoded.abs().max() <= 1.0
+
+
+def test_a_spec_without_a_codec_is_named() -> None:
+    with pytest.raises(ValueError, match="'44k'.*'tiny'"):
+        build_codec("44k")
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_codec_agrees_with_the_cpu() -> None:
+    mean, _ = build_codec("tiny").encode(two_tones())
+    cuda = build_codec("tiny", "cuda")
+    torch.testing.assert_close(cuda.encode(two_tones().cuda())[0].cpu(), mean, atol=1e-3, rtol=0)
+    torch.testing.assert_close(cuda.decode(mean.cuda()).cpu(), build_codec("tiny").decode(mean), atol=2e-2, rtol=0)
