@@ -45,7 +45,7 @@ def plan_crops(
 
 
 def cut(x: Tensor, start: Tensor, length: int, dim: int) -> Tensor:
-    """Cut `length` steps of x [B, ...] along `dim` (>= 1) from start [B, N] on: [B * N, ...], a clip's crops adjacent."""
+    """Cut `length` steps of x [B, ...] along `dim` (>= 1) from start [B, N] on: [B * N, ...]."""
     num_clips, num_crops = start.shape
     index = (start[:, :, None] + torch.arange(length, device=x.device)).reshape(num_clips * num_crops, length)
     repeated = x.repeat_interleave(num_crops, dim=0) if num_crops > 1 else x

@@ -14,6 +14,7 @@ All randomness comes in as uniform numbers.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EDIT_DRAWS = 8
@@ -32,10 +33,18 @@ BAND_SHARE = (0.2, 0.6)
 """Share of the mel bins in an edited band."""
 QUIET_QUANTILE = 0.1
 SIDE_GAIN_DB = 6.0
+MIX_DB = 12.0
+FADE_DB = (6.0, 30.0)
 CHANGED_NATS, CHANGED_COLUMNS = 0.15, 3
 """An edit is wrong if so many columns changed by so much on average: silence exchanged for silence is not."""
 
-EDITS = ("exchange", "fade", "mix", "move", "transpose", "swap")
+BACKGROUND_BANDS, BACKGROUND_TIMES = 8, 10
+BACKGROUND_DRAWS = 1 + BACKGROUND_BANDS + BACKGROUND_TIMES
+"""Uniform numbers that one background takes."""
+BACKGROUND_NATS = (-13.0, -6.0)
+BACKGROUND_SPREAD_NATS = 3.0
+
+EDITS = ("exchange", "fade", "mix", "move", "transpose", "double", "swap")
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,21 @@ def apply_gain(log_mel: Tensor, gain_db: Tensor) -> Tensor:
     return torch.log(power + FLOOR)
 
 
+def add_background(log_mel: Tensor, u: Tensor) -> Tensor:
+    """Add a faint blocky background to each sound [B, M, T], from uniform numbers u [B, BACKGROUND_DRAWS].
+
+    A codec's or a sampler's rendering of silence is no part of what a reward should judge: its level is random, around
+    that of a recording's own noise and some way above it, and varies with frequency and with time.
+    """
+    num_mels, length = log_mel.shape[1:]
+    u_bands, u_times = u[:, 1 : 1 + BACKGROUND_BANDS], u[:, 1 + BACKGROUND_BANDS :]
+    bands = F.interpolate(u_bands[:, None], num_mels, mode="nearest")[:, 0] - 0.5
+    times = F.interpolate(u_times[:, None], length, mode="nearest")[:, 0] - 0.5
+    level = _between(u[:, 0], BACKGROUND_NATS)[:, None, None]
+    background = level + BACKGROUND_SPREAD_NATS * (bands[:, :, None] + times[:, None, :])
+    return torch.logaddexp(log_mel, background)
+
+
 def edit_sound(log_mel: Tensor, u: Tensor) -> Edited:
     """Make one wrong version of each sound [B, M, T] from uniform numbers u [B, EDIT_DRAWS].
 
@@ -106,14 +130,17 @@ def edit_sound(log_mel: Tensor, u: Tensor) -> Edited:
     where = times[:, None, :] & bands[:, :, None]
 
     other = partner(log_mel)
-    quiet = torch.quantile(log_mel, QUIET_QUANTILE, dim=2, keepdim=True).expand_as(log_mel)
+    quiet = torch.quantile(log_mel, QUIET_QUANTILE, dim=2, keepdim=True)
+    softer = apply_gain(log_mel, -_between(u[:, 6], FADE_DB))
+    transposed = _shifted(log_mel, _signed_steps(u[:, 6], TRANSPOSE_BINS), dim=1)
     sources = torch.stack(
         [
             other,
-            torch.minimum(quiet, log_mel),
-            mix_power(log_mel, other, -SIDE_GAIN_DB * u[:, 6, None, None]),
+            torch.minimum(torch.maximum(softer, quiet), log_mel),
+            mix_power(log_mel, other, -MIX_DB * u[:, 6, None, None]),
             _shifted(log_mel, _signed_steps(u[:, 6], MOVE_COLUMNS), dim=2),
-            _shifted(log_mel, _signed_steps(u[:, 6], TRANSPOSE_BINS), dim=1),
+            transposed,
+            mix_power(log_mel, transposed, -MIX_DB * u[:, 7, None, None]),
             torch.roll(log_mel, length // 2, dims=2),
         ]
     )

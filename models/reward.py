@@ -30,6 +30,7 @@ from models.sf_cavp import (
     clip_vector,
     normalise_loudness,
     offset_similarity,
+    temporal_contrast,
 )
 from models.weights import load_config, load_strict, load_weights, save_config, save_weights
 
@@ -40,8 +41,6 @@ CONFIG_FILE = "config.json"
 WINDOW_STEPS, WINDOW_HOP_STEPS = 4 * VIDEO_RATE_HZ, 2 * VIDEO_RATE_HZ
 EDGE_STEPS = 2
 """Fast steps left out at both ends, whose convolutions saw repeated edges."""
-FAR_STEPS = 4
-"""Shifts of 0.25 s and more are what S_tmp compares with."""
 MAX_SHIFT_STEPS = {"tiny": 12, "base": 32}
 """Greatest shift that is looked at, either way: what each size was trained to tell apart."""
 SILENT_RMS = 10 ** (-60 / 20)
@@ -180,12 +179,12 @@ class Reward:
         inner = slice(EDGE_STEPS, -EDGE_STEPS)
         # A clip of two seconds or less has fewer shifts than the model knows.
         reach = min(MAX_SHIFT_STEPS[self.size], fast.shape[1] - 2 * EDGE_STEPS - 1)
-        shifts = torch.arange(-reach, reach + 1)
+        shifts = torch.arange(-reach, reach + 1, device=fast.device)
         similarity = offset_similarity(fast[:, inner], sound.fast[:, inner], shifts)
-        temporal = similarity[:, reach] - similarity[:, shifts.abs() >= FAR_STEPS].mean(dim=1)
+        temporal = temporal_contrast(similarity, shifts)
         best = similarity.reshape(num_sounds, num_windows, -1).mean(dim=1).argmax(dim=1).cpu()
         shape = (num_sounds, num_windows)
-        return RawParts(semantic.reshape(shape), temporal.reshape(shape), shifts[best] / VIDEO_RATE_HZ)
+        return RawParts(semantic.reshape(shape), temporal.reshape(shape), shifts.cpu()[best] / VIDEO_RATE_HZ)
 
     def score(self, video: VideoFeatures, waves: Tensor, sample_rate_hz: int) -> list[RewardScore]:
         """Score sounds [B, S] in [-1, 1] against one clip's picture, in order."""

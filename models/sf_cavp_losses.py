@@ -17,8 +17,24 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from models.crops import cut, plan_crops
-from models.hard_negatives import EDIT_DRAWS, JOIN_DRAWS, apply_gain, edit_sound, join_two_clips
-from models.sf_cavp import MEL_STRIDE, SFCAVP, Streams, clip_vector, normalise_loudness, offset_similarity
+from models.hard_negatives import (
+    BACKGROUND_DRAWS,
+    EDIT_DRAWS,
+    JOIN_DRAWS,
+    add_background,
+    apply_gain,
+    edit_sound,
+    join_two_clips,
+)
+from models.sf_cavp import (
+    MEL_STRIDE,
+    SFCAVP,
+    Streams,
+    clip_vector,
+    normalise_loudness,
+    offset_similarity,
+    temporal_contrast,
+)
 
 Gather = Callable[[Tensor], Tensor]
 GAIN_JITTER_DB = 6.0
@@ -41,7 +57,7 @@ class LossConfig:
     join_probability: float = 0.3
     temporal_form: Literal["offset", "segment"] = "offset"
     temporal_weight: float = 1.0
-    edit_weight: float = 1.0
+    ranking_weight: float = 1.0
     label_smoothing: float = 0.2
     """Share of the offset's label that goes to the two neighbouring grid bins."""
     segment_steps: int = 8
@@ -50,7 +66,7 @@ class LossConfig:
     @property
     def num_draws(self) -> int:
         """Uniform numbers that one sample takes."""
-        return JOIN_DRAWS + self.num_crops * (3 + self.num_edits * (EDIT_DRAWS + 1))
+        return JOIN_DRAWS + self.num_crops * (3 + self.num_edits * EDIT_DRAWS + (self.num_edits + 2) * BACKGROUND_DRAWS)
 
 
 LOSS_CONFIGS: dict[str, LossConfig] = {
@@ -70,14 +86,12 @@ class TrainingViews:
     """What the encoders see of a batch; B counts crops, K edits; log-mels are [B, M, T]."""
 
     frames: Tensor
-    offset_mel: Tensor
-    """The sound with the plan's offset."""
-    aligned_mel: Tensor
-    """The sound of exactly the picture's crop."""
-    edited_mels: Tensor
-    """Wrong versions of the aligned sound, [B, K, M, T]."""
+    sounds: Tensor
+    """The sound of exactly the picture's crop, then versions with one more edit each: [B, 1 + K, M, T]."""
     is_wrong: Tensor
     """Whether an edit changed enough to be wrong, [B, K]."""
+    offset_mel: Tensor
+    """The sound with the plan's offset."""
     offset: Tensor
     """True offset of `offset_mel` in fast steps, [B]."""
 
@@ -102,16 +116,21 @@ def make_views(model: SFCAVP, frames: Tensor, waves: Tensor, u: Tensor, config: 
     u_flat = rearrange(u_crops, "b n d -> (b n) d")
     # One gain for a sample and its edits alike, or loudness would tell them apart.
     gain_db = GAIN_JITTER_DB * (2 * u_flat[:, 2] - 1)
-    aligned = apply_gain(_cut_sound(log_mel, plan.video_start, config), gain_db)
-    offset_mel = apply_gain(_cut_sound(log_mel, plan.audio_start, config), gain_db)
-    u_edits = u_flat[:, 3:].reshape(len(u_flat), num_edits, EDIT_DRAWS + 1)
-    edits = [edit_sound(aligned, u_edits[:, k]) for k in range(num_edits)]
+    sounds = [apply_gain(_cut_sound(log_mel, plan.video_start, config), gain_db)]
+    is_wrong = []
+    u_edits = u_flat[:, 3 : 3 + num_edits * EDIT_DRAWS].reshape(len(u_flat), num_edits, EDIT_DRAWS)
+    for k in range(num_edits):
+        edited = edit_sound(sounds[-1], u_edits[:, k])
+        sounds.append(edited.log_mel)
+        is_wrong.append(edited.is_wrong)
+    sounds.append(apply_gain(_cut_sound(log_mel, plan.audio_start, config), gain_db))
+    u_backgrounds = u_flat[:, 3 + num_edits * EDIT_DRAWS :].reshape(len(u_flat), num_edits + 2, BACKGROUND_DRAWS)
+    sounds = [add_background(sound, u_backgrounds[:, k]) for k, sound in enumerate(sounds)]
     return TrainingViews(
         frames=cut(frames, plan.video_start, config.crop_steps, dim=1),
-        offset_mel=offset_mel,
-        aligned_mel=aligned,
-        edited_mels=torch.stack([edit.log_mel for edit in edits], dim=1),
-        is_wrong=torch.stack([edit.is_wrong for edit in edits], dim=1),
+        sounds=torch.stack(sounds[:-1], dim=1),
+        is_wrong=torch.stack(is_wrong, dim=1),
+        offset_mel=sounds[-1],
         offset=plan.offset.flatten(),
     )
 
@@ -169,11 +188,22 @@ def segment_loss(video_fast: Tensor, audio_fast: Tensor, scale: Tensor, segment_
     return (to_audio + to_video).mean(dim=1) / 2
 
 
-def edit_loss(real: Tensor, edited: Tensor, is_wrong: Tensor, scale: Tensor) -> Tensor:
-    """Cross-entropy of the real sound's fast similarity S(0) [B] among those of its edits [B, K], a value a clip."""
-    columns = (scale * edited).masked_fill(~is_wrong, float("-inf"))
-    logits = torch.cat([(scale * real)[:, None], columns], dim=1)
-    return F.cross_entropy(logits, torch.zeros_like(is_wrong[:, 0], dtype=torch.long), reduction="none")
+def ranking_loss(scores: Tensor, is_wrong: Tensor, scale: Tensor) -> Tensor:
+    """Negative log-likelihood (Plackett-Luce) of the right order of sounds that get worse and worse, a value a clip.
+
+    `scores` [B, 1 + K]: the real sound, then K versions with one more edit each. Version j counts as worse than i < j
+    if one of the edits between them is wrong (`is_wrong` [B, K]). The real sound must be the best, and of two wrong
+    ones the less wrong must be better: among a generator's candidates none is right.
+    """
+    num_edits = is_wrong.shape[1]
+    edits_so_far = F.pad(is_wrong.cumsum(dim=1), (1, 0))
+    total = torch.zeros_like(scores[:, 0])
+    for i in range(num_edits):
+        is_worse = edits_so_far[:, i + 1 :] > edits_so_far[:, i : i + 1]
+        worse = (scale * scores[:, i + 1 :]).masked_fill(~is_worse, float("-inf"))
+        own = scale * scores[:, i : i + 1]
+        total = total + torch.logsumexp(torch.cat([own, worse], dim=1), dim=1) - own[:, 0]
+    return total / num_edits
 
 
 def onset_weights(log_mel: Tensor, gather: Gather) -> Tensor:
@@ -197,54 +227,54 @@ def sf_cavp_loss(
     """Compute the loss (scalar) and detached metrics of one rank's samples; shapes as in `make_views`, B even."""
     views = make_views(model, frames, waves, u, config)
     video = model.encode_video(views.frames)
-    offset_sound, aligned, edited = _encode_sounds(model, views)
+    offset_sound, sounds = _encode_sounds(model, views)
     scale_slow, scale_fast = model.scales()
-    num_edits = config.num_edits
-
-    video_vector, audio_vector = clip_vector(video.slow), clip_vector(aligned.slow)
-    edited_vectors = rearrange(clip_vector(edited.slow), "(b k) d -> b k d", k=num_edits)
-    edited_cosines = torch.einsum("bd,bkd->bk", video_vector, edited_vectors)
-    semantic = semantic_loss(
-        gather(video_vector),
-        gather(audio_vector),
-        gather(edited_cosines),
-        gather(views.is_wrong),
-        scale_slow,
-        config.num_crops,
-    )
-
-    weights = onset_weights(views.aligned_mel, gather)
-    zero = torch.zeros(1, dtype=torch.long, device=video.fast.device)
-    real = offset_similarity(video.fast, aligned.fast, zero)[:, 0]
-    repeated = video.fast.repeat_interleave(num_edits, dim=0)
-    wrong = rearrange(offset_similarity(repeated, edited.fast, zero), "(b k) 1 -> b k", k=num_edits)
+    num_sounds = 1 + config.num_edits
     offsets = _offset_grid(config, video.fast.device)
+
+    # [B, 1 + K]: the two parts of the reward, of the real sound and its edits.
+    video_vector = clip_vector(video.slow)
+    sound_vectors = rearrange(clip_vector(sounds.slow), "(b k) d -> b k d", k=num_sounds)
+    cosines = torch.einsum("bd,bkd->bk", video_vector, sound_vectors)
+    repeated = video.fast.repeat_interleave(num_sounds, dim=0)
+    contrasts = temporal_contrast(offset_similarity(repeated, sounds.fast, offsets), offsets)
+    contrasts = rearrange(contrasts, "(b k) -> b k", k=num_sounds)
+
+    all_video, all_audio = gather(video_vector), gather(sound_vectors[:, 0])
+    edited, is_edited = gather(cosines[:, 1:]), gather(views.is_wrong.cumsum(dim=1) > 0)
+    semantic = semantic_loss(all_video, all_audio, edited, is_edited, scale_slow, config.num_crops)
     similarity = offset_similarity(video.fast, offset_sound.fast, offsets)
     if config.temporal_form == "offset":
-        per_clip = offset_loss(similarity, views.offset, offsets, scale_fast, config.label_smoothing)
+        timing = offset_loss(similarity, views.offset, offsets, scale_fast, config.label_smoothing)
     else:
-        per_clip = segment_loss(video.fast, aligned.fast, scale_fast, config.segment_steps)
-    temporal = (weights * per_clip).mean()
-    edits = edit_loss(real, wrong, views.is_wrong, scale_fast).mean()
-    loss = semantic + config.temporal_weight * temporal + config.edit_weight * edits
+        real_fast = sounds.fast[::num_sounds]
+        timing = segment_loss(video.fast, real_fast, scale_fast, config.segment_steps)
+    temporal = (onset_weights(views.sounds[:, 0], gather) * timing).mean()
+    ranking_slow = ranking_loss(cosines, views.is_wrong, scale_slow).mean()
+    ranking_fast = ranking_loss(contrasts, views.is_wrong, scale_fast).mean()
+    loss = semantic + config.temporal_weight * temporal + config.ranking_weight * (ranking_slow + ranking_fast)
 
     with torch.no_grad():
-        cosines = gather(video_vector) @ gather(audio_vector).T
-        rows = torch.arange(len(cosines), device=cosines.device)
         found = offsets[similarity.argmax(dim=1)]
         metrics = {
             "loss": loss,
             "semantic": semantic,
             "temporal": temporal,
-            "edits": edits,
-            "batch_r1": (cosines.argmax(dim=1) == rows).float().mean(),
+            "ranking_slow": ranking_slow,
+            "ranking_fast": ranking_fast,
+            "batch_r1": _retrieved(all_video @ all_audio.T),
             "offset_hit": ((found - views.offset).abs() <= config.offset_grid).float().mean(),
-            "edit_hit": _share_preferred(real, wrong, views.is_wrong),
-            "edit_hit_slow": _share_preferred((video_vector * audio_vector).sum(1), edited_cosines, views.is_wrong),
+            "edit_hit_slow": _share_preferred(cosines, views.is_wrong),
+            "edit_hit_fast": _share_preferred(contrasts, views.is_wrong),
             "scale_slow": scale_slow,
             "scale_fast": scale_fast,
         }
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    return loss, {name: value.detach().float() for name, value in metrics.items()}
+
+
+def _retrieved(cosines: Tensor) -> Tensor:
+    rows = torch.arange(len(cosines), device=cosines.device)
+    return (cosines.argmax(dim=1) == rows).float().mean()
 
 
 def _offset_grid(config: LossConfig, device: torch.device) -> Tensor:
@@ -252,16 +282,16 @@ def _offset_grid(config: LossConfig, device: torch.device) -> Tensor:
     return config.offset_grid * torch.arange(-steps, steps + 1, device=device)
 
 
-def _share_preferred(real: Tensor, edited: Tensor, is_wrong: Tensor) -> Tensor:
-    preferred = (real[:, None] > edited) & is_wrong
-    return preferred.sum() / is_wrong.sum().clamp(min=1)
+def _share_preferred(scores: Tensor, is_wrong: Tensor) -> Tensor:
+    """Share of the steps from one version to the next, more wrong one, at which the score [B, 1 + K] falls."""
+    falls = (scores[:, :-1] > scores[:, 1:]) & is_wrong
+    return falls.sum() / is_wrong.sum().clamp(min=1)
 
 
-def _encode_sounds(model: SFCAVP, views: TrainingViews) -> tuple[Streams, Streams, Streams]:
-    """Encode offset, aligned and edited sounds in one pass."""
-    num_crops = len(views.frames)
-    edited = rearrange(views.edited_mels, "b k m t -> (b k) m t")
-    streams = model.encode_mel(torch.cat([views.offset_mel, views.aligned_mel, edited]))
-    sizes = [num_crops, num_crops, len(edited)]
-    parts = list(zip(streams.slow.split(sizes), streams.fast.split(sizes), strict=True))
-    return Streams(*parts[0]), Streams(*parts[1]), Streams(*parts[2])
+def _encode_sounds(model: SFCAVP, views: TrainingViews) -> tuple[Streams, Streams]:
+    """Encode the offset sounds and, in the same pass, all others (B * (1 + K), a crop's sounds adjacent)."""
+    others = rearrange(views.sounds, "b k m t -> (b k) m t")
+    streams = model.encode_mel(torch.cat([views.offset_mel, others]))
+    sizes = [len(views.offset_mel), len(others)]
+    (slow, other_slow), (fast, other_fast) = streams.slow.split(sizes), streams.fast.split(sizes)
+    return Streams(slow, fast), Streams(other_slow, other_fast)

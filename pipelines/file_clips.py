@@ -1,16 +1,15 @@
 """Windows of one media file as a trained model wants them: read and encoded by the very functions of preprocess."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
 
-from models.encoders import VideoGrid, build_encoders
+from models.encoders import ClipEncoders, VideoGrid
 from models.spec import ClipSpec
 from pipelines.data.decoding import DecodeLimits, Decoder
-from pipelines.data.preprocess import encode_jpeg, frame_grid
 from pipelines.data.frames import decode_frames
+from pipelines.data.preprocess import encode_jpeg, frame_grid
 from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
 from pipelines.preferences.candidates import ConditionRow
 
@@ -31,12 +30,10 @@ class FileWindow:
 class FileClips:
     """Reads windows of files through a decode child; use as a context manager."""
 
-    def __init__(self, spec: ClipSpec, encoders: str, *, timeout_s: float = 60.0) -> None:
-        """Raises ValueError where there are no such encoders, or they do not fit the spec."""
+    def __init__(self, spec: ClipSpec, *, timeout_s: float = 60.0) -> None:
+        """`timeout_s` is for the decoding of one window."""
         self._spec = spec
-        self._encoders = build_encoders(encoders, spec)
         self._frames = VideoGrid(rate_hz=spec.frames_rate_hz, size_px=spec.frames_px, fit="stretch")
-        self._grids = tuple(dict.fromkeys((self._frames, *self._encoders.grids)))
         self._decoder = Decoder(DecodeLimits(timeout_s=timeout_s))
 
     def __enter__(self) -> "FileClips":
@@ -51,27 +48,31 @@ class FileClips:
         """What the container says; raises MediaError where it cannot be opened."""
         return self._decoder.probe(path, MAX_PIXELS)
 
-    def picture(self, path: str, start_s: float, caption: str) -> FileWindow:
-        """The picture of the window from `start_s`, whether or not the file has sound.
+    def frames(self, path: str, start_s: float) -> np.ndarray:
+        """What SF-CAVP sees of the window from `start_s`: uint8 [frames_len, frames_px, frames_px, 3].
 
         Raises MediaError where the picture cannot be used.
         """
-        frames = self._by_grid(self._decode(path, start_s, with_sound=False))
-        stored = decode_frames([encode_jpeg(frame) for frame in frames[self._frames]])
-        values = self._encoders.encode(frames, caption)
-        return FileWindow(frames=stored, conditions=ConditionRow(**values))
+        return _as_stored(self._decode(path, start_s, (self._frames,), with_sound=False).frames[0])
+
+    def picture(self, path: str, start_s: float, encoders: ClipEncoders, caption: str) -> FileWindow:
+        """The window from `start_s`, whether or not the file has sound; raises MediaError as `frames`."""
+        grids = tuple(dict.fromkeys((self._frames, *encoders.grids)))
+        frames = dict(zip(grids, self._decode(path, start_s, grids, with_sound=False).frames, strict=True))
+        conditions = ConditionRow(**encoders.encode(frames, caption))
+        return FileWindow(frames=_as_stored(frames[self._frames]), conditions=conditions)
 
     def sound(self, path: str, start_s: float) -> DecodedWindow:
         """The sound of the window from `start_s`, whether or not the file has a picture."""
-        return self._decode(path, start_s, with_sound=True, with_picture=False)
+        return self._decode(path, start_s, (), with_sound=True)
 
-    def _decode(self, path: str, start_s: float, *, with_sound: bool, with_picture: bool = True) -> DecodedWindow:
+    def _decode(self, path: str, start_s: float, grids: tuple[VideoGrid, ...], *, with_sound: bool) -> DecodedWindow:
         return self._decoder.decode(
             path,
             WindowRequest(
                 start_s=start_s,
                 duration_s=self._spec.duration_s,
-                grids=tuple(frame_grid(grid, self._spec) for grid in self._grids) if with_picture else (),
+                grids=tuple(frame_grid(grid, self._spec) for grid in grids),
                 audio_rate_hz=self._spec.sample_rate_hz,
                 audio_samples=self._spec.num_samples if with_sound else 0,
                 max_pixels=MAX_PIXELS,
@@ -79,5 +80,7 @@ class FileClips:
             ),
         )
 
-    def _by_grid(self, window: DecodedWindow) -> Mapping[VideoGrid, np.ndarray]:
-        return dict(zip(self._grids, window.frames, strict=True))
+
+def _as_stored(frames: np.ndarray) -> np.ndarray:
+    """Frames through the JPEG of stored rows, whose artefacts the reward was trained with."""
+    return decode_frames([encode_jpeg(frame) for frame in frames])

@@ -1,7 +1,7 @@
 """Is this machine fit for the work? Each check is one line: what was looked at, what was found, what to do.
 
-Libraries are asked in child processes: a broken wheel or driver may crash or hang whoever imports it, and the doctor has
-to survive its patient.
+Libraries are asked in child processes: a broken wheel or driver may crash or hang whoever imports it, and the doctor
+has to survive its patient.
 """
 
 import os

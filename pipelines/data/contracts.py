@@ -388,7 +388,7 @@ def _check_finite(table: pa.Table, field: pa.Field, contract: Contract) -> None:
     column = table[field.name]
     if isinstance(field.type, pa.FixedShapeTensorType):
         values = column_to_numpy(column)
-        bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        bad = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
     elif pa.types.is_floating(field.type):
         bad = ~np.isfinite(column.fill_null(0.0).to_numpy())
     elif field.type == REWARD_STRUCT:

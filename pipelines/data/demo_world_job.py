@@ -118,7 +118,9 @@ def _make_on_ray(
     context.print_on_execution_start = False
     items = [{"group": json.dumps([asdict(plan) for plan in group])} for group in groups]
     source = ray.data.from_items(items, override_num_blocks=len(items))
-    receipts = source.flat_map(partial(_make_group, seed=seed, out=folder.uri), compute=TaskPoolStrategy(num_workers))
+    receipts = source.flat_map(
+        partial(_make_group, seed=seed, out=folder.uri), compute=TaskPoolStrategy(min(num_workers, len(items)))
+    )
     for receipt in receipts.iter_rows():
         if receipt["failed"]:
             raise EnvironmentFailed(receipt["failed"])

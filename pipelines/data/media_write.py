@@ -228,10 +228,14 @@ def decode_flac(content: bytes) -> np.ndarray:
     """
     try:
         with av.open(io.BytesIO(content), "r", format="flac") as container:
+            promised = container.streams.audio[0].duration
             parts = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
     except (av.FFmpegError, IndexError) as error:
         raise MediaError("not_media", f"not a FLAC file: {error}") from error
     samples = np.concatenate(parts) if parts else np.zeros(0, np.int16)
+    if len(samples) != promised:
+        reason = "not_media" if promised is None else "truncated"
+        raise MediaError(reason, f"FLAC holds {len(samples)} samples, its header promises {promised}")
     if samples.dtype != np.int16:
         raise MediaError("unsupported_codec", f"FLAC holds {samples.dtype}, expected 16 bit")
     return samples.astype(np.float32) / FULL_SCALE

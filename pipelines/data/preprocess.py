@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -140,7 +141,6 @@ def _run(context: StageContext, *, entries: Entries, settings: PreprocessSetting
     work = partial(
         run_units,
         units,
-        factory=partial(ClipWorker, settings),
         contract=FEATURES,
         spec=settings.clip_spec,
         out=context.out,
@@ -149,10 +149,11 @@ def _run(context: StageContext, *, entries: Entries, settings: PreprocessSetting
         label="clips",
     )
     if num_workers == 0:
-        work()
+        with closing(ClipWorker(settings)) as worker:
+            work(factory=lambda: worker)
     else:
         with connect():
-            work()
+            work(factory=partial(ClipWorker, settings))
     content = dataset_manifest(context.folder, FEATURES, settings.clip_spec)
     if content["counts"]["in"] != len(rows):
         raise RuntimeError(f"{len(rows)} windows went in, {content['counts']['in']} came out or were rejected")

@@ -59,8 +59,6 @@ class SourceReader:
             return self._last[1]
         except OSError as error:
             raise MediaError("missing", f"cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise MediaError("bad_uri", f"not a path: {error}") from error
 
 
 def _download(uri: str, target: Path) -> str:

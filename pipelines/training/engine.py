@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.training.objective import Batch, Gather, Trainee, TrainingOptions
+from pipelines.training.objective import Batch, Gather, Trainee
+from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan
 from pipelines.training.world import World
 

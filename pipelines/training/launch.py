@@ -19,7 +19,7 @@ def fit(order: TrainingOrder, *, num_workers: int, report: Report, group: Worker
     if group is not None:
         return group.run(order, report)
     if num_workers > 0:
-        with warm_workers(num_workers) as own:
+        with warm_workers(num_workers, cpus_per_worker=1) as own:
             return own.run(order, report)
     return _fit_here(order, report)
 

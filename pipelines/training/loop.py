@@ -24,7 +24,8 @@ from pipelines.training import checkpoints
 from pipelines.training.batches import BatchSource, Prefetched, RowGroups, validation_batches
 from pipelines.training.engine import Engine, StepOutcome
 from pipelines.training.journal import Journal
-from pipelines.training.objective import Batch, Objective, TrainingOptions
+from pipelines.training.objective import Batch, Objective
+from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan, GlobalOrder
 from pipelines.training.world import World
 

@@ -17,9 +17,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from pipelines.errors import InputError
-from pipelines.training.schedule import Schedule, ScheduleName
-
 Batch = dict[str, Tensor]
 Gather = Callable[[Tensor], Tensor]
 """[B, ...] on one rank -> [world * B, ...] on every rank, with gradient."""
@@ -58,54 +55,6 @@ class DataRef:
     """None: all rows (a dataset of pairs has no splits)."""
     keep_column: str | None = None
     """A boolean column; rows where it is false are left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """How to train: everything here but `checkpoint_every` and `keep_last` affects the result."""
-
-    steps: int
-    batch_size: int
-    """Samples a step, over all workers and accumulation steps."""
-    lr: float
-    warmup_steps: int = 0
-    schedule: ScheduleName = "constant"
-    accumulation: int = 1
-    clip: float | None = 1.0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    zero_stage: int = 0
-    bf16: bool = False
-    seed: int = 0
-    ema_decay: float | None = None
-    """Plain exponential average of the weights, validated and exported in their place; None: off."""
-    ema_width: float | None = None
-    """Relative width of a power-function average instead (0.05 is MMAudio's)."""
-    validate_every: int = 0
-    """Steps between validations; 0: only at the end."""
-    checkpoint_every: int = 100
-    keep_last: int = 2
-    max_bad_steps: int = 20
-    """So many skipped steps in a row (loss or gradient not finite) end the run."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or self.accumulation < 1 or self.checkpoint_every < 1:
-            raise InputError("--steps, --batch-size, --accumulation and --checkpoint-every must be at least 1")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise InputError(f"--zero-stage must be 0, 1, 2 or 3, got {self.zero_stage}")
-        if self.ema_decay is not None and self.ema_width is not None:
-            raise InputError("--ema-decay and --ema-width are two kinds of average: give one of them")
-
-    def learning_rates(self) -> Schedule:
-        """Return the schedule."""
-        return Schedule(peak=self.lr, total_steps=self.steps, warmup_steps=self.warmup_steps, name=self.schedule)
-
-    def affecting_bytes(self) -> dict[str, object]:
-        """Return the options that belong into a stage's fingerprint."""
-        return {
-            name: value for name, value in sorted(vars(self).items()) if name not in ("checkpoint_every", "keep_last")
-        }
 
 
 class Trainee(nn.Module, ABC):

@@ -15,6 +15,7 @@ from typing import Any
 from models.mmdit import SIZES, SPEC_OF_SIZE
 from models.policy import CONFIG_FILE, KIND
 from models.preference import PreferenceLossConfig
+from models.sf_cavp import SF_CAVP_SIZES
 from models.spec import SPECS
 from models.weights import load_config
 from pipelines.cluster import connect
@@ -28,8 +29,10 @@ from pipelines.training.flow_matching_objective import FlowMatchingObjective, fi
 from pipelines.training.journal import read_journal
 from pipelines.training.launch import fit
 from pipelines.training.loop import CHECKPOINTS, JOURNAL, TrainingOrder, TrainingResult
-from pipelines.training.objective import Objective, TrainingOptions
+from pipelines.training.objective import Objective
+from pipelines.training.options import TrainingOptions
 from pipelines.training.preference_objective import Kind, PreferenceObjective
+from pipelines.training.sf_cavp_objective import SFCAVPObjective, fit_starting_sf_cavp
 from pipelines.training.workers import WorkerGroup
 
 CHECKPOINT_KIND = "checkpoint"
@@ -57,6 +60,44 @@ class Launching:
     options_yaml: str | None = None
     track: Callable[[StageContext], Tracker] = stage_tracker
     say: Callable[[str], None] = print
+
+
+def train_sf_cavp(
+    *,
+    features: str,
+    out: str,
+    size: str,
+    options: TrainingOptions,
+    launching: Launching,
+    train_split: str = "train",
+    val_split: str = "val",
+) -> Outcome:
+    """Train an SF-CAVP of a named size; leave a calibrated reward and its gates.
+
+    Raises:
+        InputError: the features are missing, or a split is empty.
+    """
+    if size not in SF_CAVP_SIZES:
+        raise InputError(f"--size {size}: known sizes are {', '.join(SF_CAVP_SIZES)}")
+    dataset = Dataset.open(features, FEATURES)
+    for split in (train_split, val_split):
+        _check_split(dataset, split, features)
+
+    def body(context: StageContext) -> None:
+        start = context.folder.local_path(START)
+        _make_once(start, lambda folder: fit_starting_sf_cavp(size, options.seed, features, train_split, folder))
+        objective = SFCAVPObjective(
+            start=str(start),
+            features=features,
+            size=size,
+            sample_rate_hz=dataset.spec.sample_rate_hz,
+            train_split=train_split,
+            val_split=val_split,
+        )
+        _train(context, objective, options, launching, {"size": size})
+
+    config = {"size": size, "split": train_split, "val_split": val_split, **options.affecting_bytes()}
+    return _stage("train_sf_cavp", config, {"features": dataset.fingerprint}, out, body, launching)
 
 
 def train_mmdit(
@@ -102,7 +143,7 @@ def train_mmdit(
         )
         _train(context, objective, options, launching, {"size": size, "spec": SPEC_OF_SIZE[size]})
 
-    config = {"size": size, "train_split": train_split, "val_split": val_split, **options.affecting_bytes()}
+    config = {"size": size, "split": train_split, "val_split": val_split, **options.affecting_bytes()}
     return _stage("train_mmdit", config, inputs, out, body, launching)
 
 

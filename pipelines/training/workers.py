@@ -26,8 +26,8 @@ from pipelines.training.world import World
 
 DEFAULT_MAX_FAILURES = 3
 IDLE_CPUS = 0.25
-"""CPUs a warm worker reserves on a machine without GPUs: while other stages run it is idle, so it must not keep
-their actors from starting."""
+"""CPUs that each worker of a group reserves which shares its machines with other stages: while those run the group
+is idle, so it must not keep their actors from starting."""
 POLL_S = 0.2
 START_WARNING_S = 120.0
 RETRIED = (RuntimeError, OSError)
@@ -55,11 +55,20 @@ class OrderBook:
         self._entries: list[_Entry] = []
         self._max_failures = max_failures
         self._closed = False
+        self._nodes: dict[int, str] = {}
 
     def place(self, order: TrainingOrder) -> int:
         """Add an order; returns its number."""
         self._entries.append(_Entry(order))
         return len(self._entries) - 1
+
+    def enrol(self, rank: int, node_id: str) -> None:
+        """Note on which node a rank runs."""
+        self._nodes[rank] = node_id
+
+    def nodes(self) -> dict[int, str]:
+        """Return the node id of every rank that has enrolled."""
+        return dict(self._nodes)
 
     def close(self) -> None:
         """Let the workers go home."""
@@ -114,6 +123,10 @@ class WorkerGroup:
         self._book, self._thread, self._failure = book, thread, failure
         self.num_workers = num_workers
 
+    def nodes(self) -> dict[int, str]:
+        """Return the Ray node id of every rank that has started."""
+        return ray.get(self._book.nodes.remote())
+
     def run(self, order: TrainingOrder, report: Report) -> TrainingResult:
         """Have one training done; `report` is told of every finished step.
 
@@ -145,14 +158,14 @@ class WorkerGroup:
 
 @contextmanager
 def warm_workers(
-    num_workers: int, *, use_gpu: bool | None = None, max_failures: int = DEFAULT_MAX_FAILURES
+    num_workers: int, *, cpus_per_worker: float = IDLE_CPUS, max_failures: int = DEFAULT_MAX_FAILURES
 ) -> Iterator[WorkerGroup]:
     """Keep a group of training workers inside the block; they start at once, in the background.
 
     Args:
-        num_workers: processes; one GPU each where the cluster has that many, otherwise a quarter of a CPU each, so
-            that other stages can run while the group is idle.
-        use_gpu: None: decide by what the cluster has.
+        num_workers: processes; with a GPU each where the cluster has that many, packed on few nodes; otherwise on
+            CPUs, spread over the nodes.
+        cpus_per_worker: what each reserves; give 1 to a group that nothing else runs beside.
         max_failures: how often one training may lose its workers.
 
     Raises:
@@ -162,8 +175,8 @@ def warm_workers(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    gpu = cluster_gpus() >= num_workers if use_gpu is None else use_gpu
-    if (gpu and cluster_gpus() < num_workers) or cluster_cpus() < num_workers * IDLE_CPUS:
+    gpu = cluster_gpus() >= num_workers
+    if cluster_cpus() < num_workers * cpus_per_worker:
         raise InputError(
             f"--num-workers {num_workers}: the cluster has {cluster_cpus():g} CPUs and {cluster_gpus():g} GPUs"
         )
@@ -174,7 +187,8 @@ def warm_workers(
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             use_gpu=gpu,
-            resources_per_worker={"CPU": 1, "GPU": 1} if gpu else {"CPU": IDLE_CPUS},
+            resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpu else {})},
+            placement_strategy="PACK" if gpu else "SPREAD",
         ),
         run_config=RunConfig(
             name=f"workers-{uuid.uuid4().hex[:12]}",
@@ -216,6 +230,7 @@ def _work(config: dict[str, Any]) -> None:
         device = torch.device("cpu")
         torch.set_num_threads(1)
     world = World(context.get_world_rank(), context.get_world_size(), device)
+    ray.get(book.enrol.remote(world.rank, ray.get_runtime_context().get_node_id()))
     number = -1
     while True:
         what, found, order = ray.get(book.next.remote(number))

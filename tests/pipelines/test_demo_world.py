@@ -1,4 +1,5 @@
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,8 +55,8 @@ def test_events_lie_inside_the_clip_and_those_of_one_kind_are_apart() -> None:
     for clip in CLIPS:
         for kind in ("ball", "lamp", "bar"):
             events = [e for e in clip.events if e.kind == kind]
-            assert all(0.1 < e.time_s and e.time_s + min(e.duration_s, 0.15) < 2.5 for e in events)
-            assert all(b.time_s - a.time_s > 0.24 for a, b in zip(events, events[1:], strict=False))
+            assert all(e.time_s > 0.1 and e.time_s + min(e.duration_s, 0.15) < 2.5 for e in events)
+            assert all(b.time_s - a.time_s > 0.24 for a, b in pairwise(events))
 
 
 def test_every_event_sounds_at_its_time_in_its_pitch() -> None:
@@ -83,21 +84,20 @@ def test_a_kind_that_is_absent_makes_no_sound_in_its_band() -> None:
     assert checked > 10
 
 
-def test_a_lamp_is_bright_while_it_beeps_and_dim_before() -> None:
-    checked = 0
+def test_a_lamp_is_bright_while_it_beeps_and_at_no_other_time() -> None:
+    right = frames_seen = 0
     for clip in CLIPS:
-        # The brightest place of the world is a lit lamp, unless a bar passes.
-        events = [e for e in clip.events if e.kind == "lamp" and e.variant in ("white", "cyan")]
-        if not events or any(e.kind == "bar" for e in clip.events):
-            continue
-        brightness = clip.frames.astype(float).mean(axis=3).max(axis=(1, 2))
-        for event in events:
-            lit = round((event.time_s + event.duration_s / 2) * 16)
-            dark = int((event.time_s - 0.03) * 16 - 0.5)
-            if not any(e.time_s - 0.1 < dark / 16 < e.time_s + e.duration_s + 0.1 for e in events):
-                assert brightness[lit] > brightness[dark] + 20
-                checked += 1
-    assert checked > 3
+        # Nothing else in the world has this much blue.
+        lamps = [e for e in clip.events if e.variant in ("white", "cyan")]
+        blue = clip.frames[..., 2].max(axis=(1, 2)) > 231
+        for i in range(40) if lamps else ():
+            lit = max((min(i / 16 + 1 / 32, e.time_s + e.duration_s) - max(i / 16 - 1 / 32, e.time_s)) for e in lamps)
+            if lit <= 0 or lit >= 0.99 / 16:
+                right += blue[i] == (lit > 0)
+                frames_seen += 1
+    assert frames_seen > 500
+    # A ball may pass in front of a lamp.
+    assert right > 0.995 * frames_seen
 
 
 def test_a_bar_moves_in_the_direction_that_its_event_names() -> None:

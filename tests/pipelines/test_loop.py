@@ -15,7 +15,7 @@ from pipelines.training.batches import BatchSource, RowGroups
 from pipelines.training.journal import read_journal
 from pipelines.training.launch import fit
 from pipelines.training.loop import TrainingOrder, TrainingResult
-from pipelines.training.objective import TrainingOptions
+from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan, GlobalOrder
 from tests.feature_factory import write_features
 from tests.toy_objective import ToyObjective, ToyTrainee

@@ -24,7 +24,9 @@ def test_rays_own_schema_accepts_it(cluster):
     validate_config(prepare_config(copy.deepcopy(cluster)))
 
 
-@pytest.mark.parametrize("breakage", [{"max_worker": 3}, {"head_node_type": "nobody"}, {"idle_timeout_minutes": "soon"}])
+@pytest.mark.parametrize(
+    "breakage", [{"max_worker": 3}, {"head_node_type": "nobody"}, {"idle_timeout_minutes": "soon"}]
+)
 def test_rays_own_schema_would_refuse_a_wrong_one(cluster, breakage):
     from jsonschema import ValidationError
 

@@ -1,0 +1,68 @@
+"""Train the MM-DiT by conditional flow matching: features -> the policy M_0."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jobs import cli
+from pipelines.training.options import TrainingOptions
+from pipelines.training.schedule import ScheduleName
+
+if TYPE_CHECKING:
+    from pipelines.training.workers import WorkerGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainingOptions):
+    """Train a policy on real sound. The latent transform is fitted on the training split, or inherited from --init."""
+
+    features: cli.StoragePath
+    """Features dataset of the size's clip spec."""
+    out: cli.StoragePath
+    """Folder of the policy."""
+    size: str = "small_16k"
+    """tiny, small_16k, small_44k, medium_44k, large_44k or large_44k_v2."""
+    init: cli.StoragePath | None = None
+    """Policy to start from, of the same size; None: fresh weights."""
+    split: str = "train"
+    """Split to train on."""
+    val_split: str = "val"
+    """Split to validate on."""
+    num_workers: int = 2
+    """Ray Train workers; 0 trains in this process without Ray."""
+    steps: int = 300_000
+    """Optimizer steps."""
+    batch_size: int = 512
+    """Clips a step, over all workers and accumulation steps."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    warmup_steps: int = 1000
+    """Steps over which the learning rate rises linearly."""
+    schedule: ScheduleName = "steps"
+    """After warm-up: constant, cosine down to zero, or two decays by ten at 80 and 90 % (steps)."""
+    weight_decay: float = 1e-6
+    """AdamW's decoupled weight decay."""
+    ema_width: float | None = 0.05
+    """Relative width of a power-function average of the weights, exported in their place; None: off."""
+
+
+def main(options: Options, group: "WorkerGroup | None" = None) -> int:
+    """Run the stage, in `group` if there is one."""
+    from pipelines.training.stages import Launching, train_mmdit
+
+    train_mmdit(
+        features=options.features,
+        out=options.out,
+        size=options.size,
+        options=options.training(),
+        launching=Launching(
+            num_workers=options.num_workers, group=group, options_yaml=cli.to_yaml("train_mmdit", options)
+        ),
+        init=options.init,
+        train_split=options.split,
+        val_split=options.val_split,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run("train_mmdit", Options, main)

@@ -1,0 +1,84 @@
+"""Train a policy on preference pairs: policy M_k + pairs -> policy M_{k+1}, or the equal-steps control."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from jobs import cli
+from pipelines.training.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from pipelines.training.workers import WorkerGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainingOptions):
+    """Flow-matching DPO on the kept pairs, against the policy the round starts from; or its control."""
+
+    policy: cli.StoragePath
+    """Policy to train on from; its frozen copy is the reference."""
+    pairs: cli.StoragePath
+    """Pairs dataset of this round."""
+    out: cli.StoragePath
+    """Folder of the new policy."""
+    objective: Literal["dpo", "winner_fm"] = "dpo"
+    """winner_fm is the control: same pairs, winners, order, steps and noise, no preference term, no reference."""
+    kappa: float = 200.0
+    """beta / 2 on mean-reduced errors; one knob together with --lr."""
+    fm_weight: float = 1.0
+    """Weight of the winner's flow-matching error."""
+    divide_by_kappa: bool = False
+    """Divide the preference loss by kappa, so that kappa shapes the loss and does not scale its gradient."""
+    label_smoothing: float = 0.0
+    """Probability that a pair's label is wrong."""
+    loser_clip: float | None = None
+    """No gradient pushes the loser's error beyond so much above the reference's (0.05 is a start)."""
+    sdpo_mu: float | None = None
+    """Weaken the loser's gradient so that the winner's error does not rise (Diffusion-SDPO; 0.5 to 0.9)."""
+    strict_guards: bool = False
+    """Stop at an alarm of loser-driven collapse, with the weights of that step; otherwise it is only reported."""
+    probe_every: int = 25
+    """Steps between measurements of the gradients of both loss parts (one more forward, two backward); 0: never."""
+    num_workers: int = 2
+    """Ray Train workers; 0 trains in this process without Ray."""
+    steps: int = 860
+    """Optimizer steps of the round."""
+    batch_size: int = 48
+    """Pairs a step, over all workers and accumulation steps."""
+    lr: float = 5e-6
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly."""
+    weight_decay: float = 1e-2
+    """AdamW's decoupled weight decay."""
+
+
+def main(options: Options, group: "WorkerGroup | None" = None) -> int:
+    """Run the stage, in `group` if there is one."""
+    from models.preference import PreferenceLossConfig
+    from pipelines.training.stages import Launching, train_rpo
+
+    train_rpo(
+        policy=options.policy,
+        pairs=options.pairs,
+        out=options.out,
+        options=options.training(),
+        loss=PreferenceLossConfig(
+            kappa=options.kappa,
+            fm_weight=options.fm_weight,
+            divide_by_kappa=options.divide_by_kappa,
+            label_smoothing=options.label_smoothing,
+            loser_clip=options.loser_clip,
+        ),
+        launching=Launching(
+            num_workers=options.num_workers, group=group, options_yaml=cli.to_yaml("train_rpo", options)
+        ),
+        kind=options.objective,
+        sdpo_mu=options.sdpo_mu,
+        strict_guards=options.strict_guards,
+        probe_every=options.probe_every,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run("train_rpo", Options, main)

@@ -1,0 +1,67 @@
+"""Train SF-CAVP, the reward: features -> a calibrated reward with its acceptance gates."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jobs import cli
+from pipelines.training.options import TrainingOptions
+from pipelines.training.schedule import ScheduleName
+
+if TYPE_CHECKING:
+    from pipelines.training.workers import WorkerGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainingOptions):
+    """Train SF-CAVP on the training split, calibrate it on the validation split, and measure whether it may rank."""
+
+    features: cli.StoragePath
+    """Features dataset with frames and sound."""
+    out: cli.StoragePath
+    """Folder of the reward."""
+    size: str = "base"
+    """tiny or base."""
+    split: str = "train"
+    """Split to train on."""
+    val_split: str = "val"
+    """Split to validate, calibrate and measure on."""
+    num_workers: int = 2
+    """Ray Train workers; 0 trains in this process without Ray."""
+    steps: int = 100_000
+    """Optimizer steps."""
+    batch_size: int = 240
+    """Clips a step, over all workers and accumulation steps."""
+    lr: float = 8e-4
+    """Peak learning rate."""
+    warmup_steps: int = 1000
+    """Steps over which the learning rate rises linearly."""
+    schedule: ScheduleName = "cosine"
+    """After warm-up: constant, cosine down to zero, or two decays by ten at 80 and 90 % (steps)."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay; none on norms, biases and scales."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's two decay rates."""
+    ema_decay: float | None = 0.999
+    """Exponential average of the weights, validated and exported in their place; None: off."""
+
+
+def main(options: Options, group: "WorkerGroup | None" = None) -> int:
+    """Run the stage, in `group` if there is one."""
+    from pipelines.training.stages import Launching, train_sf_cavp
+
+    train_sf_cavp(
+        features=options.features,
+        out=options.out,
+        size=options.size,
+        options=options.training(),
+        launching=Launching(
+            num_workers=options.num_workers, group=group, options_yaml=cli.to_yaml("train_sf_cavp", options)
+        ),
+        train_split=options.split,
+        val_split=options.val_split,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run("train_sf_cavp", Options, main)

@@ -1,0 +1,268 @@
+"""The stages of a preference round as the pipelines have them, and the launch that folds them: rpo_rounds."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from models.preference import PreferenceLossConfig
+from pipelines.cluster import connect
+from pipelines.data.contracts import FEATURES, SCORES
+from pipelines.data.store import Dataset, files_manifest, open_files, read_manifest
+from pipelines.errors import InputError, Refused
+from pipelines.evaluation.evaluate import EvaluationInputs, evaluate, measures
+from pipelines.evaluation.subjects import EvaluationSettings
+from pipelines.preferences.gate import Check, GateLimits, GateMode, Verdict, judge
+from pipelines.preferences.generation import PairInputs, check_inputs, generate_pairs
+from pipelines.preferences.make_pairs import PairSettings
+from pipelines.preferences.pairs import stable_seed
+from pipelines.preferences.rounds import Objective, launch_manifest, refused_line, run_rounds
+from pipelines.stage import StageContext, run_stage
+from pipelines.tracking import Tracker, open_launch
+from pipelines.training.options import TrainingOptions
+from pipelines.training.stages import Launching, train_rpo
+from pipelines.training.workers import WorkerGroup, warm_workers
+
+STAGE = "rpo_rounds"
+GATE_STAGE = "round_gate"
+VERDICT_FILE = "verdict.json"
+VERDICT = "verdict"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceTraining:
+    """How the policy of a round is trained on its pairs."""
+
+    options: TrainingOptions
+    loss: PreferenceLossConfig
+    sdpo_mu: float | None
+    strict_guards: bool
+    probe_every: int
+
+    def of_round(self, round_index: int) -> TrainingOptions:
+        """The options of one round: other draws each round, the same for policy and control."""
+        return replace(self.options, seed=stable_seed(self.options.seed, "training", round_index))
+
+    def affecting_bytes(self) -> dict[str, Any]:
+        """The fields as JSON values, for the fingerprint."""
+        guards = {"sdpo_mu": self.sdpo_mu, "strict_guards": self.strict_guards, "probe_every": self.probe_every}
+        return {**self.options.affecting_bytes(), "loss": asdict(self.loss), **guards}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundSettings:
+    """Everything that decides what comes out of a launch."""
+
+    num_rounds: int
+    pairs: PairSettings
+    training: PreferenceTraining
+    evaluation: EvaluationSettings
+    limits: GateLimits
+    gate: GateMode
+    with_control: bool
+
+    def __post_init__(self) -> None:
+        if self.num_rounds < 1:
+            raise InputError(f"--rounds must be at least 1, got {self.num_rounds}")
+        if self.evaluation.num_candidates < 2:
+            raise InputError("--eval-candidates must be at least 2: the gate looks at the diversity among them")
+
+    def affecting_bytes(self) -> dict[str, Any]:
+        """The fields as JSON values, for the fingerprint."""
+        return {
+            "num_rounds": self.num_rounds,
+            "pairs": self.pairs.affecting_bytes(),
+            "training": self.training.affecting_bytes(),
+            "evaluation": self.evaluation.affecting_bytes(),
+            "limits": asdict(self.limits),
+            "gate": self.gate,
+            "with_control": self.with_control,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Where the work is done; nothing of it affects the result beyond rounding."""
+
+    num_workers: int
+    """Sampling actors and training workers; 0 works in this process, without Ray."""
+    num_gpus: float = 0.0
+    """GPUs that a sampling actor holds."""
+    max_reject_rate: float = 0.05
+
+
+class PipelineStages:
+    """`RoundStages` made of the pipelines' own stages."""
+
+    def __init__(
+        self,
+        inputs: PairInputs,
+        settings: RoundSettings,
+        resources: Resources,
+        group: WorkerGroup | None,
+        say: Callable[[str], None],
+    ) -> None:
+        """`group`: warm training workers; None trains in new ones, or in this process."""
+        self._inputs = inputs
+        self._settings = settings
+        self._resources = resources
+        self._group = group
+        self._say = say
+        self._round = 0
+
+    def make_pairs(self, policy: str, round_index: int, out: str) -> None:
+        """See `RoundStages`."""
+        self._round = round_index
+        generate_pairs(
+            replace(self._inputs, policy=policy),
+            replace(self._settings.pairs, round_index=round_index),
+            out=out,
+            num_workers=self._resources.num_workers,
+            num_gpus=self._resources.num_gpus,
+            max_reject_rate=self._resources.max_reject_rate,
+            say=self._say,
+        )
+
+    def train(self, policy: str, pairs: str, out: str, objective: Objective) -> None:
+        """See `RoundStages`."""
+        training = self._settings.training
+        train_rpo(
+            policy=policy,
+            pairs=pairs,
+            out=out,
+            options=training.of_round(self._round),
+            loss=training.loss,
+            launching=Launching(num_workers=self._resources.num_workers, group=self._group, say=self._say),
+            kind=objective,
+            sdpo_mu=training.sdpo_mu,
+            strict_guards=training.strict_guards,
+            probe_every=training.probe_every,
+        )
+
+    def evaluate(self, policy: str, out: str) -> None:
+        """See `RoundStages`."""
+        evaluate(
+            EvaluationInputs(features=self._inputs.features, reward=self._inputs.reward, policy=policy),
+            self._settings.evaluation,
+            out=out,
+            num_workers=self._resources.num_workers,
+            num_gpus=self._resources.num_gpus,
+            max_reject_rate=self._resources.max_reject_rate,
+            say=self._say,
+        )
+
+    def judge(self, before: str, after: str, out: str) -> Verdict:
+        """See `RoundStages`."""
+        return judge_stage(before, after, self._settings.limits, out=out, say=self._say)
+
+
+def judge_stage(before: str, after: str, limits: GateLimits, *, out: str, say: Callable[[str], None]) -> Verdict:
+    """Compare two finished evaluations and leave `verdict.json` at `out`."""
+    inputs = {name: Dataset.open(place, SCORES).fingerprint for name, place in (("before", before), ("after", after))}
+
+    def body(context: StageContext) -> None:
+        content = judge(measures(before), measures(after), limits).to_json()
+        context.folder.write_bytes(VERDICT_FILE, (json.dumps(content, indent=1) + "\n").encode())
+        context.finish(
+            {"kind": VERDICT, "verdict": content["verdict"], "files": files_manifest(context.folder, [VERDICT_FILE])}
+        )
+
+    run_stage(name=GATE_STAGE, config=asdict(limits), inputs=inputs, out=out, body=body, say=say)
+    verdict = read_verdict(out)
+    reasons = f" ({'; '.join(verdict.reasons)})" if verdict.reasons else ""
+    say(f"{GATE_STAGE}: {'accepted' if verdict.accepted else 'refused'}{reasons}")
+    return verdict
+
+
+def read_verdict(location: str) -> Verdict:
+    """The verdict of a finished gate stage; raises InputError or ContractError where there is none or it was altered."""
+    folder, _ = open_files(location, VERDICT)
+    content = json.loads(folder.read_bytes(VERDICT_FILE))
+    return Verdict(checks=tuple(Check(**entry) for entry in content["checks"]))
+
+
+def launch_rounds(
+    inputs: PairInputs,
+    settings: RoundSettings,
+    resources: Resources,
+    *,
+    out: str,
+    group: WorkerGroup | None = None,
+    options_yaml: str | None = None,
+    track: Callable[[StageContext], Tracker] | None = None,
+    say: Callable[[str], None] = print,
+) -> Mapping[str, Any]:
+    """Run the rounds and return the launch's manifest; killed and called again it goes on where it was.
+
+    Raises:
+        InputError: an input is missing or does not fit the others, before any work starts.
+        Refused: a strict gate refused a round, or a round kept no pair; what there is lies at `out`.
+    """
+    fingerprints = check_launch(inputs, settings)
+
+    def body(context: StageContext) -> None:
+        with (track or launch_tracker)(context) as tracker, ExitStack() as stack:
+            workers = _workers(stack, resources, group)
+            launch = run_rounds(
+                policy=inputs.policy,
+                out=context.out,
+                num_rounds=settings.num_rounds,
+                gate=settings.gate,
+                with_control=settings.with_control,
+                stages=PipelineStages(inputs, settings, resources, workers, say),
+            )
+            content = launch_manifest(launch, context.out, settings.with_control)
+            for entry in content["rounds"]:
+                tracker.metrics(entry["round"], _gate_metrics(entry["checks"]))
+            tracker.tags({"final_policy": content["final_policy"]["path"], "stopped_at": str(content["stopped_at"])})
+            context.finish(content)
+
+    run_stage(
+        name=STAGE,
+        config={**settings.affecting_bytes(), "split": inputs.split},
+        inputs=fingerprints,
+        out=out,
+        body=body,
+        options_yaml=options_yaml,
+        say=say,
+    )
+    manifest = read_manifest(out, kind="rounds")
+    if manifest["stopped_at"] is not None:
+        raise Refused(refused_line(manifest["rounds"], manifest["stopped_at"], manifest["final_policy"]["path"]))
+    return manifest
+
+
+def check_launch(inputs: PairInputs, settings: RoundSettings) -> dict[str, str]:
+    """Fingerprints of the inputs; raises InputError where one is missing, does not fit, or lacks a split."""
+    features = Dataset.open(inputs.features, FEATURES)
+    fingerprints = check_inputs(inputs, features)
+    held_out = settings.evaluation.split
+    if features.num_rows(held_out) == 0:
+        raise InputError(
+            f"{inputs.features} has no clips of split '{held_out}' for the gate, only {features.splits}; "
+            "name one with --eval-split"
+        )
+    if held_out == inputs.split:
+        raise InputError(f"--eval-split and --split are both '{held_out}': the gate must see clips held out from pairs")
+    return fingerprints
+
+
+def launch_tracker(context: StageContext) -> Tracker:
+    """The MLflow run of the launch; the stages inside become its children."""
+    lineage = {f"input.{name}": fingerprint for name, fingerprint in context.inputs.items()}
+    return open_launch(
+        context.out, context.name, params=context.config, tags={"fingerprint": context.fingerprint, **lineage}
+    )
+
+
+def _workers(stack: ExitStack, resources: Resources, group: WorkerGroup | None) -> WorkerGroup | None:
+    """The group that was handed in, or one of our own for all rounds, or None to train in this process."""
+    if group is not None or resources.num_workers == 0:
+        return group
+    stack.enter_context(connect())
+    return stack.enter_context(warm_workers(resources.num_workers))
+
+
+def _gate_metrics(checks: list[dict[str, Any]]) -> dict[str, float]:
+    return {f"gate/{check['measure']}": check["after"] for check in checks if check["after"] is not None}

@@ -1,0 +1,77 @@
+"""The options that every training has; light to import, so that jobs take them over as their own flags."""
+
+from dataclasses import dataclass, fields
+
+from pipelines.errors import InputError
+from pipelines.training.schedule import Schedule, ScheduleName
+
+NOT_AFFECTING_BYTES = ("checkpoint_every", "keep_last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How to train; everything here but `checkpoint_every` and `keep_last` affects the result."""
+
+    steps: int
+    """Optimizer steps."""
+    batch_size: int
+    """Samples a step, over all workers and accumulation steps."""
+    lr: float
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly."""
+    schedule: ScheduleName = "constant"
+    """After warm-up: constant, cosine down to zero, or two decays by ten at 80 and 90 % (steps)."""
+    accumulation: int = 1
+    """Micro batches a step on each worker."""
+    clip: float | None = 1.0
+    """Largest gradient norm; None: no clipping."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's two decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and weights are dealt out to the workers."""
+    bf16: bool = False
+    """Forward and backward under bfloat16 autocast; weights and optimizer stay float32."""
+    seed: int = 0
+    """Seed of initial weights, order and every draw."""
+    ema_decay: float | None = None
+    """Plain exponential average of the weights, validated and exported in their place; None: off."""
+    ema_width: float | None = None
+    """Relative width of a power-function average of the weights instead (0.05 is MMAudio's)."""
+    validate_every: int = 0
+    """Steps between validations; 0: only at the end."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Checkpoints that are kept while training, besides the best one."""
+    max_bad_steps: int = 20
+    """So many skipped steps in a row (loss or gradient not finite) end the run."""
+
+    def __post_init__(self) -> None:
+        counts = (self.steps, self.batch_size, self.accumulation, self.checkpoint_every, self.keep_last)
+        if min(counts) < 1:
+            raise InputError(
+                "--steps, --batch-size, --accumulation, --checkpoint-every and --keep-last must be at least 1"
+            )
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise InputError(f"--zero-stage must be 0, 1, 2 or 3, got {self.zero_stage}")
+        if self.lr <= 0 or (self.clip is not None and self.clip <= 0):
+            raise InputError(f"--lr and --clip must be positive, got {self.lr} and {self.clip}")
+        if self.ema_decay is not None and self.ema_width is not None:
+            raise InputError("--ema-decay and --ema-width are two kinds of average: give one of them")
+
+    def learning_rates(self) -> Schedule:
+        """Return the schedule."""
+        return Schedule(peak=self.lr, total_steps=self.steps, warmup_steps=self.warmup_steps, name=self.schedule)
+
+    def training(self) -> "TrainingOptions":
+        """Return these options alone, also from a class that adds its own."""
+        return TrainingOptions(**{entry.name: vars(self)[entry.name] for entry in fields(TrainingOptions)})
+
+    def affecting_bytes(self) -> dict[str, object]:
+        """Return the options that belong into a stage's fingerprint."""
+        return {name: value for name, value in sorted(vars(self).items()) if name not in NOT_AFFECTING_BYTES}
