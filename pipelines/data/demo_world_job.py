@@ -111,11 +111,11 @@ def _make_on_ray(
     groups: Sequence[Sequence[ClipPlan]], seed: int, folder: Folder, num_workers: int
 ) -> Iterator[dict[str, Any]]:
     import ray
-    from ray.data import DataContext, TaskPoolStrategy
+    from ray.data import TaskPoolStrategy
 
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    from pipelines.cluster import quiet_ray_data
+
+    quiet_ray_data()
     items = [{"group": json.dumps([asdict(plan) for plan in group])} for group in groups]
     source = ray.data.from_items(items, override_num_blocks=len(items))
     receipts = source.flat_map(

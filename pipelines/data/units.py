@@ -184,14 +184,12 @@ def _run_on_ray(
     num_gpus: float,
 ) -> Iterator[dict[str, Any]]:
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy
 
-    from pipelines.cluster import cluster_cpus
+    from pipelines.cluster import cluster_cpus, quiet_ray_data
 
     num_workers = min(num_workers, len(todo))
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    quiet_ray_data()
     # One block a unit: a unit is the grain of scheduling, retry and commit.
     source = ray.data.from_items([{"unit": pickle.dumps(unit)} for unit in todo], override_num_blocks=len(todo))
     receipts = source.map_batches(

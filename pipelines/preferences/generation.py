@@ -5,12 +5,14 @@ so is whether the reward has seen these clips in its own training: a reward that
 """
 
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from models.codec import build_codec
@@ -27,8 +29,11 @@ from pipelines.preferences.make_pairs import STAGE, PairMaker, PairSettings, Pai
 from pipelines.preferences.pairs import count_outcomes
 from pipelines.preferences.ranking import Ranker
 from pipelines.stage import StageContext, run_stage
+from pipelines.tracking import Tracker
+from pipelines.training.stages import stage_tracker
 
 CHECKPOINT = "checkpoint"
+SUMMARISED = ("drop_reason", "margin", "rewards", "reward_ground_truth")
 LOW_KEEP_RATE = 0.30
 """Below this share of kept pairs a warning is given: filters and reward do not fit each other."""
 
@@ -81,6 +86,7 @@ def generate_pairs(
     num_gpus: float = 0.0,
     max_reject_rate: float = 0.05,
     options_yaml: str | None = None,
+    track: Callable[[StageContext], Tracker] = stage_tracker,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Write the pairs at `out`, or pick up where a killed run stopped, and return the dataset's manifest.
@@ -100,20 +106,24 @@ def generate_pairs(
         factory = MakePairWorker(
             inputs=inputs, settings=settings, lineage=(fingerprints["policy"], fingerprints["reward"])
         )
-        with connect() if num_workers > 0 else nullcontext():
-            run_units(
-                units,
-                factory=factory,
-                contract=PAIRS,
-                spec=features.spec,
-                out=context.out,
-                num_workers=num_workers,
-                num_gpus=num_gpus,
-                label=STAGE,
-            )
-        content = dataset_manifest(context.folder, PAIRS, features.spec)
-        outcomes = _outcomes(context, content, units)
-        context.finish({**content, "outcomes": outcomes, "reward_saw_clips": reward_saw_clips})
+        with track(context) as tracker:
+            with connect() if num_workers > 0 else nullcontext():
+                run_units(
+                    units,
+                    factory=factory,
+                    contract=PAIRS,
+                    spec=features.spec,
+                    out=context.out,
+                    num_workers=num_workers,
+                    num_gpus=num_gpus,
+                    label=STAGE,
+                )
+            content = dataset_manifest(context.folder, PAIRS, features.spec)
+            table = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, PAIRS).read(SUMMARISED)
+            outcomes = _outcomes(table, content, units)
+            rewards = reward_summary(table)
+            tracker.metrics(settings.round_index, {**outcomes, **rewards})
+            context.finish({**content, "outcomes": outcomes, "rewards": rewards, "reward_saw_clips": reward_saw_clips})
 
     run_stage(
         name=STAGE,
@@ -159,7 +169,7 @@ def seen_in_training(inputs: PairInputs, features: Dataset) -> bool:
     """Whether the reward was trained on this very split of these features."""
     reward = read_manifest(inputs.reward, kind=CHECKPOINT)
     same_features = reward["inputs"].get("features") == features.fingerprint
-    return same_features and reward["config"].get("split", "train") == inputs.split
+    return same_features and reward["config"].get("train_split", "train") == inputs.split
 
 
 def worker_device() -> torch.device:
@@ -173,12 +183,31 @@ def worker_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _outcomes(context: StageContext, content: dict[str, Any], units: list[Unit]) -> dict[str, int]:
+def reward_summary(table: pa.Table) -> dict[str, float]:
+    """Means over the clips of what the reward says of candidates and ground truth; only what is defined.
+
+    `above_min` and `above_max` are the shares of clips whose ground truth scores above the lowest and above the
+    highest candidate: where they are low, ground-truth winners carry no signal.
+    """
+    truths = [entry and entry["total"] for entry in table["reward_ground_truth"].to_pylist()]
+    valid = [[entry["total"] for entry in row if entry is not None] for row in table["rewards"].to_pylist()]
+    both = [(truth, totals) for truth, totals in zip(truths, valid, strict=True) if truth is not None and totals]
+    values = {
+        "reward_ground_truth": [truth for truth in truths if truth is not None],
+        "reward_mean": [statistics.fmean(totals) for totals in valid if totals],
+        "reward_min": [min(totals) for totals in valid if totals],
+        "reward_max": [max(totals) for totals in valid if totals],
+        "margin": [margin for margin in table["margin"].to_pylist() if margin is not None],
+        "ground_truth_above_min": [float(truth > min(totals)) for truth, totals in both],
+        "ground_truth_above_max": [float(truth > max(totals)) for truth, totals in both],
+    }
+    return {name: statistics.fmean(column) for name, column in values.items() if column}
+
+
+def _outcomes(table: pa.Table, content: dict[str, Any], units: list[Unit]) -> dict[str, int]:
     """What became of the clips, checked against the units; read back from the parts, not from receipts."""
-    written = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, PAIRS)
     num_clips = sum(len(unit.rows) for unit in units)
-    drop_reasons = written.read(["drop_reason"])["drop_reason"].to_pylist()
-    return count_outcomes(num_clips, drop_reasons, content["counts"]["rejected"])
+    return count_outcomes(num_clips, table["drop_reason"].to_pylist(), content["counts"]["rejected"])
 
 
 def _pass_or_refuse(manifest: dict[str, Any], out: str, max_reject_rate: float) -> None:

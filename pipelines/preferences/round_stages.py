@@ -17,11 +17,11 @@ from pipelines.preferences.gate import Check, GateLimits, GateMode, Verdict, jud
 from pipelines.preferences.generation import PairInputs, check_inputs, generate_pairs
 from pipelines.preferences.make_pairs import PairSettings
 from pipelines.preferences.pairs import stable_seed
-from pipelines.preferences.rounds import Objective, launch_manifest, refused_line, run_rounds
-from pipelines.stage import StageContext, run_stage
+from pipelines.preferences.rounds import Objective, RoundCost, launch_manifest, plan_lines, refused_line, run_rounds
+from pipelines.stage import StageContext, plan_stage, run_stage
 from pipelines.tracking import Tracker, open_launch
 from pipelines.training.options import TrainingOptions
-from pipelines.training.stages import Launching, train_rpo
+from pipelines.training.stages import Launching, stage_tracker, train_rpo
 from pipelines.training.workers import WorkerGroup, warm_workers
 
 STAGE = "rpo_rounds"
@@ -81,6 +81,14 @@ class RoundSettings:
         }
 
 
+def launch_tracker(context: StageContext) -> Tracker:
+    """The MLflow run of the launch; the stages inside become its children."""
+    lineage = {f"input.{name}": fingerprint for name, fingerprint in context.inputs.items()}
+    return open_launch(
+        context.out, context.name, params=context.config, tags={"fingerprint": context.fingerprint, **lineage}
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resources:
     """Where the work is done; nothing of it affects the result beyond rounding."""
@@ -90,6 +98,8 @@ class Resources:
     num_gpus: float = 0.0
     """GPUs that a sampling actor holds."""
     max_reject_rate: float = 0.05
+    track_launch: Callable[[StageContext], Tracker] = launch_tracker
+    track_stage: Callable[[StageContext], Tracker] = stage_tracker
 
 
 class PipelineStages:
@@ -109,11 +119,9 @@ class PipelineStages:
         self._resources = resources
         self._group = group
         self._say = say
-        self._round = 0
 
     def make_pairs(self, policy: str, round_index: int, out: str) -> None:
         """See `RoundStages`."""
-        self._round = round_index
         generate_pairs(
             replace(self._inputs, policy=policy),
             replace(self._settings.pairs, round_index=round_index),
@@ -121,19 +129,25 @@ class PipelineStages:
             num_workers=self._resources.num_workers,
             num_gpus=self._resources.num_gpus,
             max_reject_rate=self._resources.max_reject_rate,
+            track=self._resources.track_stage,
             say=self._say,
         )
 
-    def train(self, policy: str, pairs: str, out: str, objective: Objective) -> None:
+    def train(self, policy: str, pairs: str, round_index: int, out: str, objective: Objective) -> None:
         """See `RoundStages`."""
         training = self._settings.training
         train_rpo(
             policy=policy,
             pairs=pairs,
             out=out,
-            options=training.of_round(self._round),
+            options=training.of_round(round_index),
             loss=training.loss,
-            launching=Launching(num_workers=self._resources.num_workers, group=self._group, say=self._say),
+            launching=Launching(
+                num_workers=self._resources.num_workers,
+                group=self._group,
+                track=self._resources.track_stage,
+                say=self._say,
+            ),
             kind=objective,
             sdpo_mu=training.sdpo_mu,
             strict_guards=training.strict_guards,
@@ -176,7 +190,7 @@ def judge_stage(before: str, after: str, limits: GateLimits, *, out: str, say: C
 
 
 def read_verdict(location: str) -> Verdict:
-    """The verdict of a finished gate stage; raises InputError or ContractError where there is none or it was altered."""
+    """The verdict of a finished gate stage; raises InputError where there is none, or where it was altered."""
     folder, _ = open_files(location, VERDICT)
     content = json.loads(folder.read_bytes(VERDICT_FILE))
     return Verdict(checks=tuple(Check(**entry) for entry in content["checks"]))
@@ -190,7 +204,6 @@ def launch_rounds(
     out: str,
     group: WorkerGroup | None = None,
     options_yaml: str | None = None,
-    track: Callable[[StageContext], Tracker] | None = None,
     say: Callable[[str], None] = print,
 ) -> Mapping[str, Any]:
     """Run the rounds and return the launch's manifest; killed and called again it goes on where it was.
@@ -202,7 +215,7 @@ def launch_rounds(
     fingerprints = check_launch(inputs, settings)
 
     def body(context: StageContext) -> None:
-        with (track or launch_tracker)(context) as tracker, ExitStack() as stack:
+        with resources.track_launch(context) as tracker, ExitStack() as stack:
             workers = _workers(stack, resources, group)
             launch = run_rounds(
                 policy=inputs.policy,
@@ -220,7 +233,7 @@ def launch_rounds(
 
     run_stage(
         name=STAGE,
-        config={**settings.affecting_bytes(), "split": inputs.split},
+        config=_config(inputs, settings),
         inputs=fingerprints,
         out=out,
         body=body,
@@ -248,14 +261,6 @@ def check_launch(inputs: PairInputs, settings: RoundSettings) -> dict[str, str]:
     return fingerprints
 
 
-def launch_tracker(context: StageContext) -> Tracker:
-    """The MLflow run of the launch; the stages inside become its children."""
-    lineage = {f"input.{name}": fingerprint for name, fingerprint in context.inputs.items()}
-    return open_launch(
-        context.out, context.name, params=context.config, tags={"fingerprint": context.fingerprint, **lineage}
-    )
-
-
 def _workers(stack: ExitStack, resources: Resources, group: WorkerGroup | None) -> WorkerGroup | None:
     """The group that was handed in, or one of our own for all rounds, or None to train in this process."""
     if group is not None or resources.num_workers == 0:
@@ -266,3 +271,29 @@ def _workers(stack: ExitStack, resources: Resources, group: WorkerGroup | None) 
 
 def _gate_metrics(checks: list[dict[str, Any]]) -> dict[str, float]:
     return {f"gate/{check['measure']}": check["after"] for check in checks if check["after"] is not None}
+
+
+def plan_launch(inputs: PairInputs, settings: RoundSettings, *, out: str) -> list[str]:
+    """What `launch_rounds` would do and what it costs, as lines; checks the inputs, touches nothing."""
+    fingerprints = check_launch(inputs, settings)
+    features = Dataset.open(inputs.features, FEATURES)
+    outcome = plan_stage(name=STAGE, config=_config(inputs, settings), inputs=fingerprints, out=out)
+    cost = RoundCost(
+        clips=_at_most(features.num_rows(inputs.split), settings.pairs.max_clips),
+        candidates=settings.pairs.num_candidates,
+        network_calls=settings.pairs.sampling.network_calls,
+        training_steps=settings.training.options.steps,
+        evaluated_clips=_at_most(features.num_rows(settings.evaluation.split), settings.evaluation.max_clips),
+        evaluated_candidates=settings.evaluation.num_candidates,
+        evaluation_network_calls=settings.evaluation.sampling.network_calls,
+    )
+    lines = plan_lines(out=out, num_rounds=settings.num_rounds, with_control=settings.with_control, cost=cost)
+    return [f"{STAGE}: {outcome}, {out}", *lines]
+
+
+def _at_most(count: int, limit: int | None) -> int:
+    return count if limit is None else min(count, limit)
+
+
+def _config(inputs: PairInputs, settings: RoundSettings) -> dict[str, Any]:
+    return {**settings.affecting_bytes(), "split": inputs.split}

@@ -33,8 +33,8 @@ class RoundStages(Protocol):
         """Sample candidates of `policy`, rank them, write pairs."""
         ...
 
-    def train(self, policy: str, pairs: str, out: str, objective: Objective) -> None:
-        """Train on from `policy` on `pairs`, write the next policy."""
+    def train(self, policy: str, pairs: str, round_index: int, out: str, objective: Objective) -> None:
+        """Train on from `policy` on the pairs of that round, write the next policy."""
         ...
 
     def evaluate(self, policy: str, out: str) -> None:
@@ -111,9 +111,9 @@ def run_rounds(
     for index in range(num_rounds):
         folders = round_folders(out, index)
         stages.make_pairs(current, index, folders.pairs)
-        stages.train(current, folders.pairs, folders.policy, "dpo")
+        stages.train(current, folders.pairs, index, folders.policy, "dpo")
         if with_control:
-            stages.train(control, folders.pairs, folders.control, "winner_fm")
+            stages.train(control, folders.pairs, index, folders.control, "winner_fm")
             control = folders.control
         stages.evaluate(folders.policy, folders.scores)
         verdict = stages.judge(before, folders.scores, folders.verdict)

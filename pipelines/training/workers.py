@@ -25,7 +25,7 @@ from pipelines.training.loop import Report, TrainingOrder, TrainingResult, train
 from pipelines.training.world import World
 
 DEFAULT_MAX_FAILURES = 3
-IDLE_CPUS = 0.25
+IDLE_CPUS = 0.1
 """CPUs that each worker of a group reserves which shares its machines with other stages: while those run the group
 is idle, so it must not keep their actors from starting."""
 POLL_S = 0.2

@@ -51,7 +51,7 @@ class Recorded:
     def make_pairs(self, policy: str, round_index: int, out: str) -> None:
         self._stage(f"pairs_{round_index}", out, {"policy": policy})
 
-    def train(self, policy: str, pairs: str, out: str, objective: str) -> None:
+    def train(self, policy: str, pairs: str, round_index: int, out: str, objective: str) -> None:
         self._stage(objective, out, {"policy": policy, "pairs": pairs})
 
     def evaluate(self, policy: str, out: str) -> None:
@@ -66,7 +66,11 @@ class Recorded:
 @pytest.fixture
 def policy(tmp_path: Path) -> str:
     place = str(tmp_path / "m0")
-    run_stage(name="m0", config={}, inputs={}, out=place, body=lambda c: c.finish({"kind": "policy"}) and None)
+
+    def body(context: StageContext) -> None:
+        context.finish({"kind": "policy", "files": []})
+
+    run_stage(name="m0", config={}, inputs={}, out=place, body=body, say=lambda line: None)
     return place
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.policy.sources import ROOT, modules, tracked_files, tree
 
 JUSTIFIED_PICKLE: dict[str, str] = {
-    "pipelines/data/units.py": "carries a unit from the driver to its own actors inside one job; never read from storage",
+    "pipelines/data/units.py": "carries a unit from the driver to its own actors; never read from storage",
 }
 """Module -> why it may import pickle."""
 JUSTIFIED_GETATTR: dict[str, str] = {

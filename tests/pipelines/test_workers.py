@@ -1,0 +1,124 @@
+"""Two Ray Train workers in one warm group: every ZeRO stage, a killed worker, a defect, one after another.
+
+One group serves the whole file, as it serves a whole launch.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.weights import load_weights
+from pipelines.errors import InputError, PipelineError
+from pipelines.training.journal import read_journal
+from pipelines.training.launch import fit
+from pipelines.training.loop import TrainingOrder, TrainingResult
+from pipelines.training.options import TrainingOptions
+from pipelines.training.workers import OrderBook, WorkerGroup, warm_workers
+from tests.feature_factory import write_features
+from tests.toy_objective import ToyObjective
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {"steps": 8, "batch_size": 8, "lr": 3e-2, "clip": 0.05, "checkpoint_every": 3, "schedule": "cosine"}
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_features(tmp_path_factory.mktemp("data") / "features", {"train": 40, "val": 16}))
+
+
+@pytest.fixture(scope="module")
+def group(ray_cluster: None) -> Iterator[WorkerGroup]:
+    # Workers must find the toy objective.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with warm_workers(2, max_failures=2) as warm:
+        yield warm
+
+
+def _fit(
+    objective: ToyObjective, out: Path, group: WorkerGroup | None, **settings: object
+) -> tuple[TrainingResult, list[int]]:
+    out.mkdir(parents=True, exist_ok=True)
+    options = TrainingOptions(**{**SETTINGS, **settings})  # pyright: ignore[reportArgumentType]
+    told: list[int] = []
+    order = TrainingOrder(objective, options, str(out))
+    return fit(order, num_workers=0, report=lambda step, metrics: told.append(step), group=group), told
+
+
+def _losses(out: Path) -> list[float | int | None]:
+    return [record["loss"] for record in read_journal(out / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def alone(features: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training that the others are compared with: one rank, in this process."""
+    out = tmp_path_factory.mktemp("alone")
+    _fit(ToyObjective(features=features), out, None)
+    return out
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_workers_give_the_losses_and_weights_of_one_at_every_zero_stage(
+    features: str, alone: Path, group: WorkerGroup, tmp_path: Path, stage: int
+) -> None:
+    result, told = _fit(ToyObjective(features=features), tmp_path, group, zero_stage=stage)
+    assert (result.steps, told) == (8, list(range(1, 9)))
+    # The toy's loss has a term over the whole global batch: only a gather with the right gradient gives these.
+    assert _losses(tmp_path) == pytest.approx(_losses(alone), rel=5e-6)
+    exported, expected = load_weights(tmp_path / "toy.safetensors"), load_weights(alone / "toy.safetensors")
+    for name, value in expected.items():
+        torch.testing.assert_close(exported[name], value, rtol=1e-4, atol=1e-6)
+    assert set(group.nodes()) == {0, 1}
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(
+    features: str, group: WorkerGroup, tmp_path: Path, stage: int
+) -> None:
+    settings = {"zero_stage": stage, "steps": 5, "checkpoint_every": 100}
+    result, _ = _fit(ToyObjective(features=features, bad_steps=(1, 3)), tmp_path, group, **settings)
+    assert result.skipped_steps == 2
+    assert [record["skipped"] for record in read_journal(tmp_path / "metrics.jsonl")] == [0, 1, 0, 1, 0]
+    assert all(torch.isfinite(value).all() for value in load_weights(tmp_path / "toy.safetensors").values())
+
+
+def test_a_worker_killed_in_the_middle_changes_nothing(features: str, group: WorkerGroup, tmp_path: Path) -> None:
+    mark = tmp_path / "killed"
+    faulty = ToyObjective(features=features, kill_at=4, kill_file=str(mark))
+    result, _ = _fit(faulty, tmp_path / "killed_run", group, zero_stage=1)
+    assert int(mark.read_text()) > 0
+    whole, _ = _fit(faulty.faultless(), tmp_path / "whole", group, zero_stage=1)
+    assert _losses(tmp_path / "killed_run") == _losses(tmp_path / "whole")
+    assert result.metrics == whole.metrics
+    for name, value in load_weights(tmp_path / "whole" / "toy.safetensors").items():
+        assert torch.equal(load_weights(tmp_path / "killed_run" / "toy.safetensors")[name], value)
+
+
+def test_a_defect_is_told_once_and_the_group_goes_on(features: str, group: WorkerGroup, tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="KeyError in a training worker: 'a defect in the objective'"):
+        _fit(ToyObjective(features=features, defect_at=2), tmp_path / "defect", group)
+    result, _ = _fit(ToyObjective(features=features), tmp_path / "next", group, steps=2)
+    assert result.steps == 2
+
+
+def test_a_group_that_the_cluster_can_never_hold_is_refused(ray_cluster: None) -> None:
+    with pytest.raises(InputError, match="--num-workers 500: the cluster has 2 CPUs"), warm_workers(500):
+        pass
+
+
+def test_the_order_book_gives_up_on_a_training_that_keeps_losing_its_workers() -> None:
+    book = OrderBook(max_failures=2)
+    order = TrainingOrder(ToyObjective(features="f"), TrainingOptions(steps=1, batch_size=2, lr=1.0), "out")
+    number = book.place(order)
+    assert book.next(-1) == ("work", number, order)
+    assert [book.begin(number) for _ in range(4)] == [True, True, True, False]
+    _, error, exit_code, _ = book.state(number)
+    assert "died 3 times" in str(error)
+    assert exit_code == 3
+    assert book.next(-1)[0] == "wait"
+    book.close()
+    assert book.next(-1)[0] == "stop"
