@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from models.reward import Reward
-from models.sf_cavp import SAMPLE_RATE_HZ, SF_CAVP_SIZES, SFCAVP, normalise_loudness, parameter_groups
+from models.sf_cavp import SAMPLE_RATE_HZ, SF_CAVP_SIZES, SFCAVP, parameter_groups
 from models.sf_cavp_losses import LOSS_CONFIGS, LossConfig, draw_uniforms, sf_cavp_loss
 from models.weights import load_strict, load_weights, save_weights
 from pipelines.data.contracts import FEATURES
@@ -26,12 +26,14 @@ from pipelines.data.store import Dataset
 from pipelines.errors import ContractError, InputError
 from pipelines.evaluation.gates import measure
 from pipelines.evaluation.real_pairs import real_pairs
+from pipelines.training.batches import RowGroups
 from pipelines.training.objective import Batch, DataRef, Draws, Exported, Gather, Trainee
+from pipelines.training.order import GlobalOrder
 
 START_FILE = "start.safetensors"
 GATES_FILE = "gates.json"
-MAX_MEL_CLIPS = 512
-"""Clips that the mel statistics are fitted on: 64 bins over 512 clips of 160 columns are 80,000 values a bin."""
+MAX_FIT_CLIPS = 64
+"""Clips that the fixed statistics are fitted on: each bin and channel sees thousands of their values."""
 
 
 def decode_pictures(jpegs: list[bytes]) -> Tensor:
@@ -142,16 +144,18 @@ def calibration_metrics(reward: Reward) -> dict[str, float]:
 
 
 def fit_starting_sf_cavp(size: str, seed: int, features: str, split: str, folder: Path) -> None:
-    """Write a fresh SF-CAVP with weights from `seed` and mel statistics of the first clips of a split."""
+    """Write a fresh SF-CAVP with weights from `seed` and statistics fitted on a few clips of a split.
+
+    The clips are the first of a shuffled epoch, so that neighbours in the dataset do not make the statistics.
+    """
     dataset = Dataset.open(features, FEATURES)
-    waves: list[Tensor] = []
-    for rows in dataset.iter_row_groups(("audio",), split):
-        waves += [decode_wave(flac, dataset.spec.sample_rate_hz) for flac in rows["audio"].to_pylist()]
-        if len(waves) >= MAX_MEL_CLIPS:
-            break
+    groups = RowGroups(DataRef(location=features, contract=FEATURES.name, split=split), ("frames", "audio"))
+    rows = groups.take(GlobalOrder(groups.sizes, seed).epoch(0)[:MAX_FIT_CLIPS])
+    frames = torch.stack([decode_pictures(jpegs) for jpegs in rows["frames"].to_pylist()])
+    waves = [decode_wave(flac, dataset.spec.sample_rate_hz) for flac in rows["audio"].to_pylist()]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = SFCAVP(SF_CAVP_SIZES[size])
-    model.fit_mel(normalise_loudness(torch.stack(waves[:MAX_MEL_CLIPS])))
+    model.fit(frames.permute(0, 1, 4, 2, 3).float() / 255, torch.stack(waves))
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / START_FILE, model.state_dict())

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from models.sf_cavp import (
     SF_CAVP_SIZES,
     SFCAVP,
+    Encoder,
     clip_vector,
     normalise_loudness,
     offset_similarity,
@@ -37,10 +38,10 @@ def test_picture_and_sound_of_a_demo_clip_share_their_clock(tiny) -> None:
 
 
 def test_the_base_size_has_vectors_of_16_and_4_hz() -> None:
+    config = SF_CAVP_SIZES["base"]
     with torch.device("meta"):
-        model = SFCAVP(SF_CAVP_SIZES["base"])
-    video = model.encode_video(torch.empty(1, 64, 3, 224, 224, device="meta"))
-    audio = model.encode_mel(torch.empty(1, 128, 256, device="meta"))
+        video = Encoder(config.video, config)(torch.empty(1, 3, 64, config.frame_px, config.frame_px))
+        audio = Encoder(config.audio, config)(torch.empty(1, 1, 256, config.num_mels))
     assert video.slow.shape == audio.slow.shape == (1, 16, 512)
     assert video.fast.shape == audio.fast.shape == (1, 64, 256)
 
@@ -118,7 +119,7 @@ def test_only_matrices_and_kernels_decay(tiny) -> None:
 
 def test_scales_start_at_the_usual_temperature_and_are_capped() -> None:
     model = SFCAVP(SF_CAVP_SIZES["tiny"])
-    assert [float(scale) for scale in model.scales()] == pytest.approx([1 / 0.07] * 2)
+    assert [scale.item() for scale in model.scales()] == pytest.approx([1 / 0.07] * 2)
     with torch.no_grad():
         model.log_scale_fast.fill_(9.0)
-    assert float(model.scales()[1]) == 100
+    assert model.scales()[1].item() == 100

@@ -72,11 +72,11 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
                 sampling=Sampling(num_steps=2, guidance=1.0),
                 max_clips=None,
             ),
-            out=str(root / subject),
+            out=str(root / "scores" / subject),
             num_workers=0,
             say=lambda line: None,
         )
-    return {"features": inputs.features, **{subject: str(root / subject) for subject in subjects}}
+    return {"features": inputs.features, **{subject: str(root / "scores" / subject) for subject in subjects}}
 
 
 @pytest.fixture(scope="module")

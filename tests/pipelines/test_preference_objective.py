@@ -1,0 +1,216 @@
+"""Preference training of a real tiny policy: shared draws, a frozen reference, the control, guards, metrics."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.policy import Policy
+from models.preference import PreferenceLossConfig
+from models.weights import load_weights
+from pipelines.tracking import SilentTracker
+from pipelines.training.batches import RowGroups
+from pipelines.training.journal import read_journal
+from pipelines.training.objective import Batch, Draws
+from pipelines.training.options import TrainingOptions
+from pipelines.training.preference_objective import PreferenceObjective, PreferenceTrainee, WinnerTrainee
+from pipelines.training.stages import Launching, train_rpo
+from tests.feature_factory import write_features, write_pairs
+from tests.world_factory import write_policy
+
+CPU = torch.device("cpu")
+LOSS = PreferenceLossConfig(kappa=5.0, divide_by_kappa=True)
+
+
+def alone(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("preference")
+    features = write_features(root / "features", {"train": 40})
+    policy = write_policy(root / "policy", features)
+    # A fresh network is zero everywhere; without this no gradient would reach most of it.
+    loaded = Policy.load(policy)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in loaded.network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    start = root / "start"
+    start.mkdir()
+    loaded.save(start)
+    write_pairs(root / "pairs", num_kept=20, num_dropped=4)
+    return root
+
+
+def _objective(folder: Path, **changes: object) -> PreferenceObjective:
+    objective = PreferenceObjective(start=str(folder / "start"), pairs=str(folder / "pairs"), size="tiny", loss=LOSS)
+    return dataclasses.replace(objective, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def _batch(objective: PreferenceObjective, count: int = 6) -> Batch:
+    groups = RowGroups(objective.training_data, objective.columns)
+    places = np.stack([np.zeros(count, np.int64), np.arange(count)], axis=1)
+    return objective.collate(groups.take(places), Draws(0, "training", tuple(range(count))))
+
+
+def test_policy_equal_to_reference_gives_ln_2_and_ties(folder: Path) -> None:
+    objective = _objective(folder)
+    trainee = objective.build(CPU)
+    _, metrics = trainee(_batch(objective), alone)
+    assert float(metrics["loss_dpo"]) == pytest.approx(math.log(2) / LOSS.kappa, rel=1e-6)
+    assert float(metrics["implicit_accuracy"]) == 0.5
+    assert float(metrics["winner_displacement"]) == 0
+    assert float(metrics["saturation"]) == 0.5
+
+
+def test_the_reference_gets_no_gradient_and_stays_bit_identical(folder: Path) -> None:
+    objective = _objective(folder)
+    trainee = objective.build(CPU)
+    assert isinstance(trainee, PreferenceTrainee)
+    before = {name: value.clone() for name, value in trainee.reference.network.state_dict().items()}
+    optimizer = torch.optim.AdamW(trainee.parameters(), lr=1e-3)
+    for _ in range(2):
+        loss, _ = trainee(_batch(objective), alone)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = trainee.reference.network.state_dict()
+    assert all(torch.equal(before[name], after[name]) or before[name].isnan().all() for name in before)
+    assert all(parameter.grad is None for parameter in trainee.reference.network.parameters())
+    changed = trainee.network.state_dict()
+    assert any(not torch.equal(before[name], changed[name]) for name in before)
+
+
+def test_winner_and_loser_share_noise_time_and_dropped_conditions(folder: Path) -> None:
+    objective = _objective(folder)
+    trainee = objective.build(CPU)
+    batch = _batch(objective)
+    twins = {**batch, "loser": batch["winner"]}
+    with torch.no_grad():
+        for parameter in trainee.parameters():
+            parameter.mul_(1.1)
+    _, metrics = trainee(twins, alone)
+    # Identical sounds can only have identical errors if everything drawn is shared.
+    assert float(metrics["error_policy_winner"]) == pytest.approx(float(metrics["error_policy_loser"]), rel=1e-5)
+    assert float(metrics["error_reference_winner"]) == pytest.approx(float(metrics["error_reference_loser"]), rel=1e-5)
+
+
+def test_swapping_winner_and_loser_flips_the_margin(folder: Path) -> None:
+    objective = _objective(folder)
+    trainee = objective.build(CPU)
+    with torch.no_grad():
+        for parameter in trainee.parameters():
+            parameter.mul_(1.1)
+    batch = _batch(objective)
+    swapped = {**batch, "winner": batch["loser"], "loser": batch["winner"]}
+    margin, flipped = (float(trainee(b, alone)[1]["implicit_margin"]) for b in (batch, swapped))
+    assert margin == pytest.approx(-flipped, rel=1e-4)
+    assert abs(margin) > 1e-4
+
+
+def test_the_control_sees_the_same_winners_and_noise_and_has_no_reference(folder: Path) -> None:
+    dpo, control = _objective(folder), _objective(folder, kind="winner_fm")
+    batch, control_batch = _batch(dpo), _batch(control)
+    assert all(torch.equal(batch[name], control_batch[name]) for name in control_batch)
+    assert set(batch) - set(control_batch) == {"loser"}
+    trainee = control.build(CPU)
+    assert isinstance(trainee, WinnerTrainee)
+    loss, _ = trainee(control_batch, alone)
+    _, metrics = dpo.build(CPU)(batch, alone)
+    assert float(loss.detach()) == pytest.approx(float(metrics["loss_fm_winner"]), rel=1e-5)
+
+
+def test_kappa_zero_is_the_control(folder: Path) -> None:
+    kappa_zero = _objective(folder, loss=PreferenceLossConfig(kappa=0.0))
+    batch = _batch(kappa_zero)
+    gradients = []
+    for objective in (kappa_zero, _objective(folder, kind="winner_fm")):
+        trainee = objective.build(CPU)
+        trainee(batch, alone)[0].backward()
+        gradients.append({name: p.grad for name, p in trainee.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)
+
+
+def test_the_probe_measures_both_gradient_parts_and_leaves_no_gradient(folder: Path) -> None:
+    objective = _objective(folder)
+    trainee = objective.build(CPU)
+    batch = _batch(objective)
+    probe = trainee.probe(batch, alone)
+    assert all(parameter.grad is None for parameter in trainee.parameters())
+    trainee(batch, alone)[0].backward()
+    total = torch.nn.utils.get_total_norm([p.grad for p in trainee.parameters() if p.grad is not None])
+    dpo, anchor, cosine = probe["grad_norm_dpo"], probe["grad_norm_fm"], probe["grad_cosine"]
+    # |a + b|^2 = |a|^2 + |b|^2 + 2 |a| |b| cos
+    assert float(total) == pytest.approx(math.sqrt(dpo**2 + anchor**2 + 2 * dpo * anchor * cosine), rel=1e-3)
+    assert dpo > 0
+    assert anchor > 0
+
+
+def test_an_alarm_of_collapse_is_reported_or_stops(folder: Path) -> None:
+    objective = _objective(folder, strict_guards=True)
+    trainee = objective.build(CPU)
+    rising = {
+        "winner_displacement": 0.5,
+        "error_reference_winner": 1.0,
+        "error_policy_loser": 1.0,
+        "error_reference_loser": 1.0,
+    }
+    alarms = [trainee.alarm(rising) for _ in range(60)]
+    assert alarms[0] is None
+    assert "winner error +50.0%" in str(alarms[-1])
+    restored = objective.build(CPU)
+    restored.load_watch_state(trainee.watch_state())
+    assert restored.alarm(rising) is not None
+    assert (objective.stop_on_alarm, _objective(folder).stop_on_alarm) == (True, False)
+
+
+def test_train_rpo_as_a_stage_learns_writes_every_metric_and_skips_when_done(folder: Path, tmp_path: Path) -> None:
+    policy = write_policy(tmp_path / "policy", folder / "features")
+    options = TrainingOptions(steps=4, batch_size=8, lr=1e-3, checkpoint_every=2)
+    lines: list[str] = []
+    launching = Launching(num_workers=0, track=lambda context: SilentTracker(), say=lines.append)
+
+    def run(out: str, kind: str) -> str:
+        return train_rpo(
+            policy=str(policy),
+            pairs=str(folder / "pairs"),
+            out=str(tmp_path / out),
+            options=options,
+            loss=LOSS,
+            launching=launching,
+            kind=kind,  # pyright: ignore[reportArgumentType]
+            probe_every=2,
+        )
+
+    assert [run("dpo", "dpo"), run("dpo", "dpo"), run("control", "winner_fm")] == ["run", "skip", "run"]
+    records = read_journal(tmp_path / "dpo" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    expected = {"loss_dpo", "loss_fm_winner", "implicit_accuracy", "implicit_margin", "winner_displacement"}
+    expected |= {"loser_displacement", "saturation", "error_reference_winner", "grad_norm", "alarm", "learning_rate"}
+    assert expected <= records[0].keys()
+    assert any(name.startswith("implicit_accuracy_t") for name in records[0])
+    assert {"grad_norm_dpo", "grad_norm_fm", "grad_cosine"} <= records[1].keys()
+    assert "grad_cosine" not in records[0]
+    assert records[0]["implicit_accuracy"] == 0.5
+    assert (records[-1]["loss"] or 9) < (records[0]["loss"] or 0)
+    start, trained = (load_weights(place / "network.safetensors") for place in (policy, tmp_path / "dpo"))
+    assert any(not torch.equal(start[name], trained[name]) for name in start)
+    # The latent transform is inherited unchanged.
+    assert (policy / "transform.safetensors").read_bytes() == (tmp_path / "dpo" / "transform.safetensors").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "dpo").iterdir()) == [
+        "config.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "network.safetensors",
+        "stage.json",
+        "transform.safetensors",
+    ]

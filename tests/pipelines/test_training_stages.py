@@ -1,0 +1,157 @@
+"""train_mmdit and train_sf_cavp as stages, on real rendered clips."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.policy import Policy
+from models.reward import Reward
+from pipelines.data.contracts import FEATURES, column_to_numpy
+from pipelines.data.store import Dataset, open_files
+from pipelines.errors import InputError, StageConflict
+from pipelines.evaluation.real_pairs import real_pairs
+from pipelines.tracking import SilentTracker
+from pipelines.training.journal import read_journal
+from pipelines.training.options import TrainingOptions
+from pipelines.training.sf_cavp_objective import decode_pictures
+from pipelines.training.stages import Launching, train_mmdit, train_rpo, train_sf_cavp
+from tests.feature_factory import write_features, write_pairs
+from tests.world_factory import write_world
+
+LAUNCHING = Launching(num_workers=0, track=lambda context: SilentTracker(), say=lambda line: None)
+FEW = TrainingOptions(steps=2, batch_size=4, lr=1e-3, checkpoint_every=1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_world(tmp_path_factory.mktemp("world") / "features", {"train": 40, "val": 8}))
+
+
+@pytest.fixture(scope="module")
+def policy(world: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = str(tmp_path_factory.mktemp("policy") / "m0")
+    assert train_mmdit(features=world, out=out, size="tiny", options=FEW, launching=LAUNCHING) == "run"
+    return out
+
+
+def test_the_transform_is_fitted_on_the_training_split_and_saved_with_the_weights(world: str, policy: str) -> None:
+    folder, manifest = open_files(policy, "checkpoint")
+    loaded = Policy.load(folder.local_path())
+    train = Dataset.open(world, FEATURES).read(["latent_mean"], split="train")
+    latents = loaded.transform.normalize(torch.from_numpy(np.array(column_to_numpy(train["latent_mean"]))))
+    tokens = latents.flatten(0, 1)
+    torch.testing.assert_close(tokens.mean(dim=0), torch.zeros(32), atol=1e-3, rtol=0)
+    torch.testing.assert_close(tokens.T.cov(), torch.eye(32), atol=0.02, rtol=0)
+    assert manifest["size"] == "tiny"
+    assert manifest["inputs"] == {"features": Dataset.open(world, FEATURES).fingerprint}
+    assert manifest["metrics"]["val_loss"] > 0
+    assert not (Path(policy) / "checkpoints").exists()
+
+
+def test_init_starts_from_a_policy_and_inherits_its_transform(world: str, policy: str, tmp_path: Path) -> None:
+    out = tmp_path / "m0b"
+    train_mmdit(features=world, out=str(out), size="tiny", options=FEW, launching=LAUNCHING, init=policy)
+    first = read_journal(out / "metrics.jsonl")[0]["loss"]
+    fresh = read_journal(Path(policy) / "metrics.jsonl")[0]["loss"]
+    assert first != fresh
+    for name in ("transform.safetensors",):
+        assert (out / name).read_bytes() == (Path(policy) / name).read_bytes()
+    inputs = open_files(str(out), "checkpoint")[1]["inputs"]
+    assert inputs["init"] == open_files(policy, "checkpoint")[1]["fingerprint"]
+
+
+def test_a_checkpoint_of_another_world_size_is_named_and_not_half_loaded(world: str, tmp_path: Path) -> None:
+    from pipelines.training.launch import fit
+    from pipelines.training.loop import TrainingOrder
+    from tests.toy_objective import ToyObjective
+
+    order = TrainingOrder(
+        ToyObjective(features=world, batch_size=4),
+        TrainingOptions(steps=2, batch_size=4, lr=1e-3, zero_stage=1),
+        str(tmp_path),
+    )
+    fit(order, num_workers=0, report=lambda step, metrics: None)
+    complete = next(tmp_path.glob("checkpoints/*/COMPLETE"))
+    content = json.loads(complete.read_text())
+    complete.write_text(json.dumps({**content, "world_size": 4}))
+    with pytest.raises(InputError, match=r"written by 4 workers under ZeRO-1.*--num-workers 4"):
+        fit(order, num_workers=0, report=lambda step, metrics: None)
+
+
+def test_other_options_on_the_same_folder_are_refused_and_other_intervals_are_not(world: str, policy: str) -> None:
+    other = TrainingOptions(steps=2, batch_size=4, lr=2e-3)
+    with pytest.raises(StageConflict, match=r"lr: 0.001 there, 0.002 asked"):
+        train_mmdit(features=world, out=policy, size="tiny", options=other, launching=LAUNCHING)
+    intervals = TrainingOptions(steps=2, batch_size=4, lr=1e-3, checkpoint_every=50, keep_last=5)
+    assert train_mmdit(features=world, out=policy, size="tiny", options=intervals, launching=LAUNCHING) == "skip"
+
+
+def test_wrong_inputs_are_one_clear_line(world: str, policy: str, tmp_path: Path) -> None:
+    def mmdit(**changes: object) -> None:
+        arguments = {"features": world, "out": str(tmp_path / "x"), "size": "tiny", "options": FEW}
+        train_mmdit(**{**arguments, "launching": LAUNCHING, **changes})  # pyright: ignore[reportArgumentType]
+
+    with pytest.raises(InputError, match="--size huge: known sizes are tiny"):
+        mmdit(size="huge")
+    with pytest.raises(InputError, match=r"spec 'tiny', 2.5 s; this size needs '16k', 8"):
+        mmdit(size="small_16k")
+    with pytest.raises(InputError, match="no clips of split 'rpo'"):
+        mmdit(train_split="rpo")
+    with pytest.raises(InputError, match="does not exist or is empty"):
+        mmdit(features=str(tmp_path / "nothing"))
+    pairs = write_pairs(tmp_path / "pairs", num_kept=4, num_dropped=0)
+    with pytest.raises(InputError, match="expected a checkpoint"):
+        mmdit(init=str(pairs))
+    assert not (tmp_path / "x").exists()
+
+
+def test_sf_cavp_comes_out_calibrated_with_its_gates(world: str, tmp_path: Path) -> None:
+    out = tmp_path / "cavp"
+    options = TrainingOptions(steps=3, batch_size=8, lr=2e-3, checkpoint_every=2, ema_decay=0.9)
+    train_sf_cavp(features=world, out=str(out), size="tiny", options=options, launching=LAUNCHING)
+    folder, manifest = open_files(str(out), "checkpoint")
+    assert [entry["path"] for entry in manifest["files"]] == ["config.json", "gates.json", "sf_cavp.safetensors"]
+    reward = Reward.load(folder.local_path())
+    assert reward.calibration.num_pairs == 8
+    totals = []
+    for frames, wave, rate_hz in real_pairs(Dataset.open(world, FEATURES), "val"):
+        totals += [score.total for score in reward.score(reward.video_features(frames), wave, rate_hz)]
+    # Calibrated on these very pairs, so R is zero on average.
+    assert float(np.mean(totals)) == pytest.approx(0, abs=1e-3)
+    assert float(reward.model.mel_std.min()) > 0.01
+    assert not torch.equal(reward.model.mel_mean, torch.zeros_like(reward.model.mel_mean))
+    gates = json.loads((out / "gates.json").read_text())
+    assert manifest["config"]["split"] == "train"
+    assert "gate_r1_v2a" in manifest["metrics"]
+    assert gates
+
+
+def test_frames_are_decoded_to_the_same_pixels_as_elsewhere(world: str) -> None:
+    from pipelines.data.frames import decode_frames
+
+    jpegs = Dataset.open(world, FEATURES).read(["frames"], split="val")["frames"][0].as_py()
+    assert np.array_equal(decode_pictures(jpegs).numpy(), decode_frames(jpegs))
+
+
+def test_features_whose_frames_are_no_pictures_end_in_a_contract_error(tmp_path: Path) -> None:
+    features = str(write_features(tmp_path / "features", {"train": 8, "val": 8}))
+    with pytest.raises(Exception, match=r"JPEG|FLAC|flac|sound"):
+        train_sf_cavp(features=features, out=str(tmp_path / "x"), size="tiny", options=FEW, launching=LAUNCHING)
+
+
+def test_pairs_that_were_all_dropped_are_an_input_error(world: str, policy: str, tmp_path: Path) -> None:
+    from models.preference import PreferenceLossConfig
+
+    pairs = write_pairs(tmp_path / "pairs", num_kept=0, num_dropped=2)
+    with pytest.raises(InputError, match="no row to use"):
+        train_rpo(
+            policy=policy,
+            pairs=str(pairs),
+            out=str(tmp_path / "out"),
+            options=FEW,
+            loss=PreferenceLossConfig(kappa=5.0),
+            launching=LAUNCHING,
+        )
