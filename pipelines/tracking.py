@@ -244,7 +244,7 @@ def open_tracker(
     text = parent if parent is not None else current_launch()
     launch = None
     if text is None:
-        launch = _own_launch(out, stage_name, params={}, tags={})
+        launch = _own_launch(out, out.rstrip("/").rsplit("/", 1)[-1], params={}, tags={})
         text = launch.reference
     reference = LaunchReference(**json.loads(text))
     folder = journal_folder(out, "stage")

@@ -29,6 +29,7 @@ from pipelines.tracking_journal import (
     load_shipped,
     read_lines,
     save_shipped,
+    without_credentials,
 )
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ class JournalShipper:
             self._refuse(record, error)
 
     def _refuse(self, record: Record, error: Exception) -> None:
-        sys.stderr.write(f"refused: {record['kind']}: {error}\n")
+        sys.stderr.write(f"refused: {record['kind']}: {without_credentials(str(error))}\n")
         self._save(refused=self._state.refused + 1)
 
     def _handle(self, record: Record) -> None:
@@ -306,7 +307,7 @@ def ship_journal(store: Store, folder: Path, *, orphan: bool, status_if_open: st
                 shipper.finish(status_if_open)
         except Exception as error:
             # Whatever the store, the network or the database says: the journal keeps the records.
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = without_credentials(" ".join(str(error).split()))[:300] or type(error).__name__
             shipper.note(reason)
             return reason
     return ""

@@ -66,7 +66,7 @@ def write_demo_video(path: Path, seconds: float = 2.5, seed: int = 0) -> Path:
 
 
 def write_untrained_policy(out: Path, features_seed: int = 0, seed: int = 0) -> Path:
-    """A policy that has fitted its statistics on a few demo clips and learnt nothing."""
+    """A policy of random weights whose sound depends on its conditions; it has learnt nothing."""
     policy = Policy.create("tiny", seed)
     rows = [demo_row(str(i), "train", render_clip(features_seed, i)) for i in range(4)]
     stacked = [
@@ -74,6 +74,11 @@ def write_untrained_policy(out: Path, features_seed: int = 0, seed: int = 0) -> 
         for name in ("latent_mean", "clip_features", "sync_features")
     ]
     policy.fit_statistics([(stacked[0], stacked[1], stacked[2])])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        # The output layer starts at zero: a fresh network is deaf to its conditions.
+        for weights in policy.network.parameters():
+            weights.add_(0.03 * torch.randn(weights.shape, generator=generator))
     return write_checkpoint(out, policy, {"seed": seed})
 
 

@@ -61,12 +61,13 @@ def write_features(out: Path, splits: dict[str, int], seed: int = 0) -> Path:
 
 
 def write_pairs(out: Path, num_kept: int, num_dropped: int, policy: str = "policy", seed: int = 0) -> Path:
-    """Write a pairs dataset; every second row is a dropped one until they are used up."""
+    """Write a pairs dataset; kept and dropped rows alternate until one kind is used up."""
     rng = np.random.default_rng(seed)
+    both = min(num_kept, num_dropped)
+    flags = [True, False] * both + [True] * (num_kept - both) + [False] * (num_dropped - both)
     rows = []
-    for index in range(num_kept + num_dropped):
+    for index, kept in enumerate(flags):
         feature = feature_row(rng, f"pair_{index:05d}", "rpo")
-        kept = not (index % 2 == 1 and index // 2 < num_dropped)
         noise = rng.standard_normal((TINY.latent_len, TINY.latent_dim)).astype(np.float32)
         rows.append(
             {

@@ -28,7 +28,7 @@ class ToyTrainee(Trainee):
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         self.objective = objective
-        self.num_forwards = 0
+        self._steps_watched = 0.0
 
     def forward(self, batch: Batch, gather: Gather) -> tuple[Tensor, dict[str, Tensor]]:
         prediction = self.net(batch["text"])
@@ -39,6 +39,16 @@ class ToyTrainee(Trainee):
         if self.training:
             loss = loss * self._faults(batch)
         return loss, {"error": error.detach()}
+
+    def alarm(self, metrics: dict[str, float]) -> str | None:
+        self._steps_watched += 1
+        return "too long a run" if self.objective.alarm_at and self._steps_watched >= self.objective.alarm_at else None
+
+    def watch_state(self) -> dict[str, float]:
+        return {"steps_watched": self._steps_watched}
+
+    def load_watch_state(self, state: dict[str, float]) -> None:
+        self._steps_watched = state["steps_watched"]
 
     def _faults(self, batch: Batch) -> float:
         objective = self.objective
@@ -68,11 +78,17 @@ class ToyObjective:
     kill_file: str = ""
     defect_at: int = -1
     step_s: float = 0.0
+    alarm_at: int = 0
+    """Steps after which there is an alarm; 0: never."""
+    strict: bool = False
 
     name = "toy"
     columns = ("clip_id", "text_features", "latent_mean")
     probe_every = 0
-    stop_on_alarm = False
+
+    @property
+    def stop_on_alarm(self) -> bool:
+        return self.strict
 
     @property
     def training_data(self) -> DataRef:

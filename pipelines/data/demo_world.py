@@ -89,8 +89,9 @@ def render_clip(seed: int, index: int) -> DemoClip:
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """A dark gradient in a random direction, float32 [T, H, W, 3], a copy for every frame."""
-    low, high = rng.uniform(15, 60, 3), rng.uniform(50, 110, 3)
+    """A dark, nearly grey gradient in a random direction, float32 [T, H, W, 3], a copy for every frame."""
+    low = rng.uniform(25, 35) + rng.uniform(-6, 6, 3)
+    high = rng.uniform(45, 60) + rng.uniform(-6, 6, 3)
     angle = rng.uniform(0, 2 * np.pi)
     ramp = (np.cos(angle) * (_X / FRAME_PX - 0.5) + np.sin(angle) * (_Y / FRAME_PX - 0.5)) / np.sqrt(2) + 0.5
     picture = (low + ramp[..., None] * (high - low)).astype(np.float32)
@@ -121,7 +122,7 @@ def _add_ball(frames: np.ndarray, wave: np.ndarray, count: int, rng: np.random.G
         inside = (_frame_times_s >= start) & (_frame_times_s < end)
         height[inside] = 0.5 * _FALL_PX_S2 * (_frame_times_s[inside] - start) * (end - _frame_times_s[inside])
     x = x0 + roll * (_frame_times_s - touches[0])
-    radius = rng.uniform(4.5, 5.5)
+    radius = rng.uniform(6.0, 7.0)
     _draw_discs(frames, x, floor - radius - height, radius, np.array(_RGB[variant], np.float32), np.ones(NUM_FRAMES))
     for touch in touches:
         _add_sound(wave, touch, _ping(BALL_PITCH_HZ[variant], rng))
@@ -133,7 +134,7 @@ def _add_lamp(frames: np.ndarray, wave: np.ndarray, count: int, rng: np.random.G
     variant = str(rng.choice(list(LAMP_PITCH_HZ)))
     durations = rng.uniform(0.12, 0.3, count)
     starts = _place(durations, min_gap_s=0.14, rng=rng)
-    x, y, radius = rng.uniform(10, 54), rng.uniform(8, 18), rng.uniform(4.5, 6.0)
+    x, y, radius = rng.uniform(10, 54), rng.uniform(9, 16), rng.uniform(7.0, 8.5)
     light = np.full(NUM_FRAMES, 0.18)
     for start, duration in zip(starts, durations, strict=True):
         # The share of a frame's own sixteenth of a second, centred on it, in which the lamp is lit.

@@ -6,7 +6,7 @@ measured where the candidates are.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from models.reward import Reward, VideoFeatures
-from models.sf_cavp import clip_vector
+from models.sf_cavp import Streams
 
 GROUP_SIZE = 32
-"""Clips among which one is to be found again: R@1 among 32."""
+"""Clips among which one is to be found again: R@1 among 32. Found by R, and by its semantic part alone."""
 SHIFTS_S = (0.125, 0.25, 0.5)
 GAINS_DB = (-6.0, 6.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
-    """Share of clips whose partner is the nearest, or among the ten nearest, of a group."""
+    """Share of clips whose partner scores best, or among the ten best, of a group."""
 
     video_to_audio_r1: float
     audio_to_video_r1: float
@@ -33,19 +33,17 @@ class Retrieval:
     group_size: int
 
 
-def retrieval(video: np.ndarray, audio: np.ndarray, group_size: int = GROUP_SIZE) -> Retrieval:
-    """Retrieve among groups of consecutive clips by unit vectors [n, D]; a tie counts as not found.
+def retrieval(groups: Sequence[np.ndarray]) -> Retrieval:
+    """Retrieve inside groups by their scores [g, g], pictures x sounds, the partners on the diagonal.
 
-    An incomplete last group is left out unless it is the only one.
+    A tie counts as not found.
     """
-    size = min(group_size, len(video))
     ranks: list[tuple[int, int]] = []
-    for start in range(0, len(video) - size + 1, size):
-        cosines = video[start : start + size] @ audio[start : start + size].T
-        own = np.diagonal(cosines)
-        # Places taken by others at least as near: 0 is found at once.
-        to_audio = (cosines >= own[:, None]).sum(axis=1) - 1
-        to_video = (cosines >= own[None]).sum(axis=0) - 1
+    for scores in groups:
+        own = np.diagonal(scores)
+        # Places taken by others that score at least as high: 0 is found at once.
+        to_audio = (scores >= own[:, None]).sum(axis=1) - 1
+        to_video = (scores >= own[None]).sum(axis=0) - 1
         ranks += list(zip(to_audio.tolist(), to_video.tolist(), strict=True))
     table = np.array(ranks)
     r1, r10 = (table < 1).mean(axis=0), (table < 10).mean(axis=0)
@@ -54,7 +52,7 @@ def retrieval(video: np.ndarray, audio: np.ndarray, group_size: int = GROUP_SIZE
         audio_to_video_r1=float(r1[1]),
         video_to_audio_r10=float(r10[0]),
         audio_to_video_r10=float(r10[1]),
-        group_size=size,
+        group_size=len(groups[0]),
     )
 
 
@@ -135,10 +133,9 @@ class GateReport:
 @dataclass(frozen=True)
 class _Clip:
     video: VideoFeatures
+    sound: Streams
     wave: Tensor
     rate_hz: int
-    video_vector: np.ndarray
-    audio_vector: np.ndarray
     real: float
 
 
@@ -157,7 +154,9 @@ def measure(reward: Reward, pairs: Iterable[tuple[Tensor, Tensor, int]]) -> Gate
             for clip, other in zip(clips, [*clips[1:], clips[0]], strict=True)
         ]
     )
-    found = retrieval(np.stack([c.video_vector for c in clips]), np.stack([c.audio_vector for c in clips]))
+    groups = [_cross_scores(reward, group) for group in _groups(clips)]
+    found = retrieval([total for total, _ in groups])
+    by_semantics = retrieval([semantic for _, semantic in groups])
     by_shift = {shift_s: _shifted(reward, clips, shift_s) for shift_s in SHIFTS_S}
     gain_change = max(
         abs(_total(reward, c.video, c.wave * 10 ** (gain_db / 20), c.rate_hz) - c.real)
@@ -170,6 +169,8 @@ def measure(reward: Reward, pairs: Iterable[tuple[Tensor, Tensor, int]]) -> Gate
         Gate(name="r1_a2v", value=found.audio_to_video_r1, bar=0.85),
         Gate(name="r10_v2a", value=found.video_to_audio_r10, bar=None),
         Gate(name="r10_a2v", value=found.audio_to_video_r10, bar=None),
+        Gate(name="r1_v2a_semantic", value=by_semantics.video_to_audio_r1, bar=None),
+        Gate(name="r1_a2v_semantic", value=by_semantics.audio_to_video_r1, bar=None),
         Gate(name="auc_mismatched", value=auc(real, mismatched), bar=0.90),
         Gate(name="auc_shift_500ms", value=auc(np.repeat(real, 2), by_shift[0.5].ravel()), bar=0.70),
         *(
@@ -195,14 +196,25 @@ def _look(reward: Reward, pairs: Iterable[tuple[Tensor, Tensor, int]]) -> tuple[
             num_unusable += 1
             continue
         sound = reward.sound_features(wave, rate_hz, video)
-        vectors = [_mean_vector(streams.slow) for streams in (video.streams, sound)]
-        clips.append(_Clip(video, wave, rate_hz, vectors[0], vectors[1], score.total))
+        clips.append(_Clip(video, sound, wave, rate_hz, score.total))
     return clips, num_unusable
 
 
-def _mean_vector(slow: Tensor) -> np.ndarray:
-    """Clip vectors of the windows [W, T, D], averaged and brought back to unit length."""
-    return torch.nn.functional.normalize(clip_vector(slow).mean(dim=0), dim=0).cpu().numpy()
+def _groups(clips: list[_Clip]) -> list[list[_Clip]]:
+    """Cut into groups of `GROUP_SIZE` clips; an incomplete last one is left out unless it is the only one."""
+    size = min(GROUP_SIZE, len(clips))
+    return [clips[start : start + size] for start in range(0, len(clips) - size + 1, size)]
+
+
+def _cross_scores(reward: Reward, group: list[_Clip]) -> tuple[np.ndarray, np.ndarray]:
+    """R and its semantic part of every picture with every sound of a group, [g, g] each."""
+    sounds = Streams(*(torch.cat(streams) for streams in zip(*(clip.sound for clip in group), strict=True)))
+    totals, semantics = [], []
+    for clip in group:
+        parts = reward.compare(clip.video, sounds)
+        totals.append(reward.calibration.total(parts.semantic, parts.temporal).mean(dim=1).cpu().numpy())
+        semantics.append(parts.semantic.mean(dim=1).cpu().numpy())
+    return np.stack(totals), np.stack(semantics)
 
 
 def _total(reward: Reward, video: VideoFeatures, wave: Tensor, rate_hz: int) -> float:

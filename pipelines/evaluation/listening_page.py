@@ -115,8 +115,9 @@ def _data_uri(kind: str, content: bytes) -> str:
 
 
 def _signs(clips: Sequence[PageClip]) -> dict[str, str]:
-    """Sign of each kind of true event on the page; empty where no events are known."""
-    kinds = sorted({mark.kind for clip in clips for sound in clip.sounds for mark in sound.true_marks})
+    """Sign of each kind of event on the page; empty where no events are known."""
+    marks = (m for clip in clips for sound in clip.sounds for m in (*sound.true_marks, *sound.heard_marks))
+    kinds = sorted({mark.kind for mark in marks})
     return {kind: KIND_SIGNS[min(i, len(KIND_SIGNS) - 1)] for i, kind in enumerate(kinds)}
 
 
@@ -144,7 +145,7 @@ def _score_cell(summary: Summary, label: str, metric: Metric) -> str:
     if value is None:
         return '<td class="soft">&ndash;</td>'
     return (
-        f'<td><b>{value.value:.3f}</b><span class="interval">{value.lo:.3f} &hellip; {value.hi:.3f}</span>'
+        f'<td><b>{value.value:z.3f}</b><span class="interval">{value.lo:z.3f} &hellip; {value.hi:z.3f}</span>'
         f"{_difference(summary.differences.get(label, {}).get(metric.name), metric)}</td>"
     )
 
@@ -156,8 +157,8 @@ def _difference(difference: Estimate | None, metric: Metric) -> str:
     if is_clear(difference):
         kind = " good" if (difference.value > 0) == (metric.better == "up") else " bad"
     return (
-        f'<span class="difference{kind}" title="{difference.lo:+.3f} to {difference.hi:+.3f}">'
-        f"{difference.value:+.3f}</span>"
+        f'<span class="difference{kind}" title="{difference.lo:+z.3f} to {difference.hi:+z.3f}">'
+        f"{difference.value:+z.3f}</span>"
     )
 
 
@@ -179,7 +180,7 @@ def _best_of_n(curves: Mapping[str, BestOfN]) -> str:
 def _curve_cell(point: Estimate | None) -> str:
     if point is None:
         return '<td class="soft">&ndash;</td>'
-    return f'<td><b>{point.value:.3f}</b><span class="interval">{point.lo:.3f} &hellip; {point.hi:.3f}</span></td>'
+    return f'<td><b>{point.value:z.3f}</b><span class="interval">{point.lo:z.3f} &hellip; {point.hi:z.3f}</span></td>'
 
 
 def _guide(choice: str, signs: Mapping[str, str]) -> str:
@@ -187,7 +188,7 @@ def _guide(choice: str, signs: Mapping[str, str]) -> str:
     marks = f"""{kinds}<span><i class="hit"></i>found</span>
 <span><i class="right-time"></i>found at the right time as something else</span>
 <span><i class="missed"></i>missed</span><span><i class="false"></i>heard, but not there</span>
-<span>upper lane: true events, lower lane: what the independent detector heard</span>"""
+<span>bars: true events, ticks: what the independent detector heard, a lane for each kind</span>"""
     return f"""<div class="panel"><p>{_text(choice)} Click a spectrogram to listen from there.
 Keys: <kbd>1</kbd> &hellip; <kbd>9</kbd> play a sound of the clip in view, <kbd>n</kbd> <kbd>p</kbd> next and previous
 clip.</p>
@@ -207,18 +208,13 @@ def _card(index: int, sound: PageSound, duration_s: float, signs: Mapping[str, s
     onsets = "".join(
         f'<span class="onset" style="left:{_percent(mark.time_s, duration_s)}"></span>' for mark in sound.true_marks
     )
-    true_lane = heard_lane = ""
-    if signs:
-        true_lane = (
-            f'<div class="lane">{"".join(_true_mark(m, duration_s, signs[m.kind]) for m in sound.true_marks)}</div>'
-        )
-        heard_lane = f'<div class="lane">{"".join(_heard_mark(m, duration_s) for m in sound.heard_marks)}</div>'
+    lanes = "".join(_lane(sound, kind, sign, duration_s) for kind, sign in signs.items())
     return f"""<div class="card{" truth" if sound.is_truth else ""}" data-duration="{duration_s:.6f}">
 <div class="card-head"><b>{_text(sound.label)}</b><kbd>{index + 1}</kbd></div>
 <video controls preload="metadata" playsinline src="{_data_uri("video/mp4", sound.video_mp4)}"></video>
-<span class="broken"></span><div class="timeline">{true_lane}
-<img alt="spectrogram of {_text(sound.label)}" src="{_data_uri("image/png", sound.spectrogram_png)}">
-{heard_lane}{onsets}<span class="playhead"></span></div>{_numbers(sound)}</div>
+<span class="broken"></span><div class="timeline">{lanes}
+<img alt="spectrogram of {_text(sound.label)}" src="{_data_uri("image/png", sound.spectrogram_png)}">{onsets}
+<span class="playhead"></span></div>{_numbers(sound)}</div>
 """
 
 
@@ -226,16 +222,21 @@ def _percent(time_s: float, duration_s: float) -> str:
     return f"{100 * min(max(time_s / duration_s, 0.0), 1.0):.2f}%"
 
 
-def _true_mark(mark: Mark, duration_s: float, sign: str) -> str:
-    left, width = _percent(mark.time_s, duration_s), _percent(mark.duration_s, duration_s)
-    return (
-        f'<span class="mark {mark.verdict}" title="{_mark_title(mark)}" style="left:{left};width:{width}">{sign}</span>'
+def _lane(sound: PageSound, kind: str, sign: str, duration_s: float) -> str:
+    """The events of one kind as bars, what was heard of it as ticks across them."""
+    bars = (
+        f'<span class="mark {m.verdict}" title="{_mark_title(m)}" style="left:{_percent(m.time_s, duration_s)};'
+        f'width:{_percent(m.duration_s, duration_s)}">{sign}</span>'
+        for m in sound.true_marks
+        if m.kind == kind
     )
-
-
-def _heard_mark(mark: Mark, duration_s: float) -> str:
-    left = _percent(mark.time_s, duration_s)
-    return f'<span class="tick {mark.verdict}" title="{_mark_title(mark)}" style="left:{left}"></span>'
+    ticks = (
+        f'<span class="tick {m.verdict}" title="heard {_mark_title(m)}" style="left:{_percent(m.time_s, duration_s)}">'
+        "</span>"
+        for m in sound.heard_marks
+        if m.kind == kind
+    )
+    return f'<div class="lane">{"".join(bars)}{"".join(ticks)}</div>'
 
 
 def _mark_title(mark: Mark) -> str:
@@ -243,13 +244,14 @@ def _mark_title(mark: Mark) -> str:
 
 
 def _numbers(sound: PageSound) -> str:
-    if sound.refused is not None:
-        return f'<div class="refused">refused by the reward: {_text(sound.refused)}</div>'
-    entries: list[tuple[str, str]] = []
-    if sound.reward is not None:
-        entries += list(zip(("R", "S_sem", "S_tmp"), (f"{v:+.2f}" for v in sound.reward), strict=True))
-    if sound.offset_s is not None:
-        entries.append(("offset", f"{1000 * sound.offset_s:+.0f} ms"))
-    entries += sound.notes
-    spans = "".join(f'<span><span class="soft">{_text(k)}</span>{_text(v)}</span>' for k, v in entries)
-    return f'<div class="numbers">{spans}</div>'
+    refusal = (
+        "" if sound.refused is None else f'<div class="refused">refused by the reward: {_text(sound.refused)}</div>'
+    )
+    parts = [] if sound.reward is None else list(zip(("R", "S_sem", "S_tmp"), sound.reward, strict=True))
+    spans = [f'<span><span class="soft">{name}</span>{value:+z.2f}</span>' for name, value in parts]
+    notes = [] if sound.offset_s is None else [("best offset", f"{1000 * sound.offset_s:+.0f} ms")]
+    spans += [
+        f'<span class="wide"><span class="soft">{_text(name)}</span>{_text(value)}</span>'
+        for name, value in (*notes, *sound.notes)
+    ]
+    return f'{refusal}<div class="numbers">{"".join(spans)}</div>'

@@ -16,7 +16,7 @@ p { margin: 4px 0; }
 .panel { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
+th, td { padding: 7px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 thead th { font-size: 13px; color: var(--soft); font-weight: 600; }
@@ -40,7 +40,7 @@ nav a.here { background: var(--accent); color: #fff; }
 button { font: inherit; font-size: 13px; color: var(--accent); background: var(--paper); border: 1px solid var(--line);
   border-radius: 8px; padding: 3px 12px; cursor: pointer; }
 button:hover { border-color: var(--accent); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(225px, 1fr)); gap: 14px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(225px, 1fr)); gap: 14px; }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: 10px; background: var(--paper); min-width: 0; }
 .card.playing { border-color: var(--accent); box-shadow: 0 0 0 2px #1f5fbf33; }
 .card.truth { background: #f4faf7; }
@@ -48,14 +48,15 @@ button:hover { border-color: var(--accent); }
 .card-head b { overflow-wrap: anywhere; }
 kbd { font: 11px ui-monospace, monospace; color: var(--soft); border: 1px solid var(--line); border-radius: 4px;
   padding: 0 5px; }
-video { width: 100%; max-height: 260px; display: block; border-radius: 6px; background: #000; }
+video { width: 100%; max-height: 340px; display: block; border-radius: 6px; background: #000; }
 .broken { color: #b93420; font-size: 12px; }
 .timeline { position: relative; margin-top: 8px; cursor: crosshair; }
 .timeline img { width: 100%; height: 96px; display: block; background: #000004; }
-.lane { position: relative; height: 13px; background: #eef1f4; overflow: hidden; }
-.lane .mark { position: absolute; top: 1px; bottom: 1px; min-width: 4px; border-radius: 2px; font-size: 9px;
-  line-height: 11px; color: #fff; padding-left: 1px; overflow: hidden; white-space: nowrap; }
-.lane .tick { position: absolute; top: 1px; bottom: 1px; width: 4px; margin-left: -2px; border-radius: 2px; }
+.lane { position: relative; height: 13px; background: #eef1f4; border-bottom: 1px solid #fff; overflow: hidden; }
+.lane .mark { position: absolute; top: 1px; bottom: 1px; min-width: 11px; border-radius: 2px; font-size: 9px;
+  line-height: 11px; color: #fff; padding-left: 2px; overflow: hidden; white-space: nowrap; }
+.lane .tick { position: absolute; top: 0; bottom: 0; width: 3px; margin-left: -1px; background: #10241c; }
+.lane .tick.false { background: var(--false); }
 .hit { background: var(--hit); }
 .missed { background: var(--missed); }
 .false { background: var(--false); }
@@ -65,9 +66,10 @@ video { width: 100%; max-height: 260px; display: block; border-radius: 6px; back
 .playhead { position: absolute; top: 0; bottom: 0; width: 2px; background: #ffd23f; pointer-events: none; left: 0;
   opacity: 0; }
 .card.playing .playhead, .card.touched .playhead { opacity: 1; }
-.numbers { display: flex; flex-wrap: wrap; gap: 0 12px; margin-top: 6px; font-size: 13px;
-  font-variant-numeric: tabular-nums; }
-.numbers .soft { margin-right: 3px; }
+.numbers { display: grid; grid-template-columns: repeat(3, auto); justify-content: space-between; gap: 0 10px;
+  margin-top: 6px; font-size: 13px; font-variant-numeric: tabular-nums; }
+.numbers .soft { margin-right: 4px; }
+.numbers .wide { grid-column: 1 / -1; }
 .refused { color: #b93420; font-size: 13px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; color: var(--soft); }
 .legend i { display: inline-block; width: 16px; height: 10px; border-radius: 2px; margin-right: 5px; }

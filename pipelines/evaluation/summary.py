@@ -27,6 +27,8 @@ from pipelines.evaluation.scores import ClipScores, check_same_clips
 
 FRECHET_CLIPS = 2000
 """Below about this many clips a Fréchet distance is dominated by its small-sample bias; the tables then say so."""
+LEAST_SPREAD_DB = 1.0
+"""A statistic that varies less among real sounds counts as varying so much: no noise floor may rule the distance."""
 FRECHET_RESAMPLES = 200
 """Upper bound of resamples for the Fréchet distance, whose every value needs an eigendecomposition."""
 
@@ -102,10 +104,9 @@ def _f1_of(matched: str) -> Callable[[ClipScores, np.ndarray], np.ndarray]:
 
 
 def _frechet(scores: ClipScores, weights: np.ndarray) -> np.ndarray:
-    """Fréchet distance of the statistics to those of the real sounds, both standardised by the real ones."""
-    mean, scale = scores.truth_statistics.mean(axis=0), scores.truth_statistics.std(axis=0)
-    scale = np.where(scale > 1e-6, scale, 1.0)
-    subject, truth = (scores.statistics - mean) / scale, (scores.truth_statistics - mean) / scale
+    """Fréchet distance of the statistics to those of the real sounds, both in units of the real ones' spread."""
+    scale = np.maximum(scores.truth_statistics.std(axis=0), LEAST_SPREAD_DB)
+    subject, truth = scores.statistics / scale, scores.truth_statistics / scale
     if scores.num_clips < 2:
         return np.full(len(weights), np.nan)
     values = []
@@ -170,7 +171,7 @@ METRICS: tuple[Metric, ...] = (
         name="frechet",
         title="Fréchet dist.",
         better="down",
-        meaning="Fréchet distance of simple audio statistics to those of the real sounds of the same clips",
+        meaning="Fréchet distance of simple audio statistics to those of the real sounds, in units of their spread",
         of=_frechet,
         max_resamples=FRECHET_RESAMPLES,
     ),
@@ -192,7 +193,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         name="within_clip_rho",
-        title="within-clip rho",
+        title="rank rho",
         better="up",
         meaning="rank correlation of the reward with the independent score among candidates of one clip",
         of=_rank_correlation,

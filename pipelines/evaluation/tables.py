@@ -49,7 +49,7 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def number(estimate: Estimate) -> str:
     """`0.742 [0.711, 0.770]`."""
-    return f"{estimate.value:.3f} [{estimate.lo:.3f}, {estimate.hi:.3f}]"
+    return f"{estimate.value:z.3f} [{estimate.lo:z.3f}, {estimate.hi:z.3f}]"
 
 
 def is_clear(estimate: Estimate) -> bool:
@@ -66,4 +66,4 @@ def _difference_cell(values: dict[str, Estimate], metric: Metric) -> str:
         return "-"
     estimate = values[metric.name]
     mark = "*" if is_clear(estimate) else " "
-    return f"{estimate.value:+.3f} [{estimate.lo:+.3f}, {estimate.hi:+.3f}]{mark}"
+    return f"{estimate.value:+z.3f} [{estimate.lo:+z.3f}, {estimate.hi:+z.3f}]{mark}"

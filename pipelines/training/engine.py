@@ -67,12 +67,13 @@ class Engine:
             eps=options.eps,
             fused=world.device.type == "cuda",
         )
-        self._engine, *_ = deepspeed.initialize(
-            model=trainee,
-            optimizer=optimizer,
-            config=_config(options, plan, sum(parameter.numel() for parameter in self._trainable)),
-            dist_init_required=False,
-        )
+        with _plain_layout(list(trainee.parameters()), restore=options.zero_stage == 0):
+            self._engine, *_ = deepspeed.initialize(
+                model=trainee,
+                optimizer=optimizer,
+                config=_config(options, plan, sum(parameter.numel() for parameter in self._trainable)),
+                dist_init_required=False,
+            )
 
     def __call__(self, batch: Batch, gather: Gather) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (scalar) and metrics of a micro batch."""
@@ -154,6 +155,23 @@ class Engine:
     def close(self) -> None:
         """Release buffers and hooks; the weights stay usable except under ZeRO-3."""
         self._engine.destroy()
+
+
+@contextmanager
+def _plain_layout(parameters: list[nn.Parameter], *, restore: bool) -> Iterator[None]:
+    """Inside, weights are contiguous, since DeepSpeed cannot broadcast channels-last ones; then as they were.
+
+    From stage 1 on DeepSpeed lays them out itself, and nothing is restored.
+    """
+    strides = [parameter.stride() for parameter in parameters]
+    for parameter in parameters:
+        # Not `contiguous()`: that keeps the odd strides of dimensions of size 1.
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    yield
+    if restore:
+        for parameter, stride in zip(parameters, strides, strict=True):
+            laid_out = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = laid_out.copy_(parameter.data)
 
 
 def _config(options: TrainingOptions, plan: BatchPlan, num_parameters: int) -> dict[str, Any]:

@@ -26,6 +26,9 @@ def fit(order: TrainingOrder, *, num_workers: int, report: Report, group: Worker
 
 def _fit_here(order: TrainingOrder, report: Report) -> TrainingResult:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        # More threads would change the order of sums, and so the bytes, with the machine.
+        torch.set_num_threads(1)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it.
     if not dist.is_initialized():
         # DeepSpeed keeps the default group for the life of the process, so it is never destroyed here.

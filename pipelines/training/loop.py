@@ -33,6 +33,9 @@ CHECKPOINTS = "checkpoints"
 JOURNAL = "metrics.jsonl"
 STATE = "training.json"
 AVERAGE = "average.safetensors"
+FIRST_ALARM = "first alarm"
+DISK_FAULT = "PytorchStreamWriter"
+"""What torch's own RuntimeError says when a file cannot be written to its end."""
 
 Report = Callable[[int, dict[str, float]], None]
 """Told of finished steps: (step, metrics); on rank 0 only."""
@@ -151,15 +154,15 @@ class _Run:
                 "grad_norm": outcome.grad_norm,
                 "skipped": float(not outcome.applied),
             }
+            metrics["samples_per_s"] = self.options.batch_size / (time.perf_counter() - started)
             self._watch(metrics)
             if self._due(self.options.validate_every):
                 metrics |= self._validate()
-            metrics["samples_per_s"] = self.options.batch_size / (time.perf_counter() - started)
             if self.journal is not None:
                 self.journal.append(self.progress.step, metrics)
                 self.report(self.progress.step, metrics)
             if self._due(self.options.checkpoint_every):
-                self._save()
+                self._checkpoint()
 
     def finish(self) -> TrainingResult | None:
         """Export what the next stage loads, from the averaged weights if there are any; rank 0 returns the result."""
@@ -231,9 +234,8 @@ class _Run:
         metrics["alarm"] = float(alarm is not None)
         if alarm is None:
             return
-        note = f"alarm: {alarm.split(' ')[0]}"
-        if note not in self.progress.notes:
-            self.progress.notes.extend([note, f"first at step {self.progress.step}: {alarm}"])
+        if not any(note.startswith(FIRST_ALARM) for note in self.progress.notes):
+            self.progress.notes.append(f"{FIRST_ALARM} at step {self.progress.step}: {alarm}")
         if self.objective.stop_on_alarm:
             self.progress.stopped = f"step {self.progress.step}: {alarm}"
 
@@ -261,6 +263,18 @@ class _Run:
         means = self.engine.trainee.summarise(self.world.mean({name: s / count for name, s in sums.items()}))
         self.progress.last_validation = {f"val_{name}": value for name, value in means.items()}
         return self.progress.last_validation
+
+    def _checkpoint(self) -> None:
+        """Save, or stop cleanly where the storage does not take it; the checkpoints before stay whole."""
+        try:
+            self._save()
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and DISK_FAULT not in str(error):
+                raise
+            raise EnvironmentFailed(
+                f"{self.root}: the checkpoint of step {self.progress.step} cannot be written "
+                f"({str(error).splitlines()[0]}); free the storage and run the same command again"
+            ) from error
 
     def _save(self) -> None:
         """Write one checkpoint by all ranks; it is published when every file is hashed."""

@@ -7,6 +7,7 @@ workers ask the book for the first unfinished order, and that one resumes from i
 """
 
 import logging
+import shutil
 import tempfile
 import threading
 import time
@@ -30,6 +31,8 @@ IDLE_CPUS = 0.1
 is idle, so it must not keep their actors from starting."""
 POLL_S = 0.2
 START_WARNING_S = 120.0
+FAREWELL_S, BROKEN_OFF_S = 60.0, 3.0
+"""How long to wait for idle workers to leave, and for workers that an error left in the middle of a training."""
 RETRIED = (RuntimeError, OSError)
 """What the death of a peer, a lost node or storage looks like from inside a worker; anything else is a defect."""
 
@@ -180,6 +183,7 @@ def warm_workers(
         raise InputError(
             f"--num-workers {num_workers}: the cluster has {cluster_cpus():g} CPUs and {cluster_gpus():g} GPUs"
         )
+    scratch = tempfile.mkdtemp(prefix="workers-")
     book: Any = ray.remote(OrderBook).options(num_cpus=0).remote(max_failures)
     trainer = TorchTrainer(
         _work,
@@ -192,7 +196,8 @@ def warm_workers(
         ),
         run_config=RunConfig(
             name=f"workers-{uuid.uuid4().hex[:12]}",
-            storage_path=tempfile.gettempdir(),
+            # Ray Train's own state only: checkpoints are ours and lie with the artifact.
+            storage_path=scratch,
             failure_config=FailureConfig(max_failures=-1),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -207,12 +212,15 @@ def warm_workers(
 
     thread = threading.Thread(target=fit, daemon=True, name="training-workers")
     thread.start()
+    patience_s = BROKEN_OFF_S
     try:
         yield WorkerGroup(book, thread, failure, num_workers)
+        patience_s = FAREWELL_S
     finally:
         ray.get(book.close.remote())
-        thread.join(timeout=60)
+        thread.join(timeout=patience_s)
         ray.kill(book)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from pipelines import tracking
 from pipelines.tracking_ship import Store
 
 pytestmark = pytest.mark.slow
-START_LIMIT_S = 180
+START_LIMIT_S = 300
 
 
 def free_port():

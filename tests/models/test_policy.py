@@ -52,11 +52,27 @@ def _noise(policy: Policy, batch: int) -> Tensor:
 # --- the latent transform --------------------------------------------------------------------------------
 
 
-def test_whitened_latents_have_mean_zero_and_identity_covariance() -> None:
+def test_whitened_latents_are_uncorrelated_and_of_mean_variance_one() -> None:
     policy, (latents, _, _) = _fitted(), _training_split()
     tokens = policy.transform.normalize(latents).reshape(-1, 32)
+    covariance = tokens.T.cov()
     torch.testing.assert_close(tokens.mean(0), torch.zeros(32), atol=1e-3, rtol=0)
-    torch.testing.assert_close(tokens.T.cov(), torch.eye(32), atol=1e-2, rtol=0)
+    torch.testing.assert_close(covariance - covariance.diagonal().diag(), torch.zeros(32, 32), atol=1e-2, rtol=0)
+    assert covariance.diagonal().mean().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_whitening_levels_strong_components_and_leaves_noise_small() -> None:
+    variances = torch.tensor([100.0] * 8 + [0.1] * 32 + [0.0] * 120, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    rotation, _ = torch.linalg.qr(torch.randn(160, 160, generator=generator, dtype=torch.float64))
+    tokens = (torch.randn(64, 40, 160, generator=generator, dtype=torch.float64) * variances.sqrt()) @ rotation
+    moments, transform = StreamingMoments(160, with_covariance=True), Whitening(160, 32)
+    moments.update(tokens)
+    transform.fit(moments)
+    stds = transform.normalize(tokens).reshape(-1, 32).std(0)
+    assert stds[:8].min() > 1.5
+    torch.testing.assert_close(stds[:8], stds[0].expand(8), rtol=0.02, atol=0)
+    assert stds[8:].max() < 0.4
 
 
 def test_the_projection_is_orthonormal_up_to_its_scales_and_inverts_exactly() -> None:
@@ -64,22 +80,16 @@ def test_the_projection_is_orthonormal_up_to_its_scales_and_inverts_exactly() ->
     assert isinstance(transform, Whitening)
     latents = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(transform.normalize(transform.unnormalize(latents)), latents, atol=1e-3, rtol=1e-3)
-    moments = StreamingMoments(160, with_covariance=True)
-    moments.update(_training_split()[0])
-    std = moments.std()[:, None]
-    components = transform.projection.double() * std
-    components = components / components.norm(dim=0)
-    torch.testing.assert_close(components.T @ components, torch.eye(32, dtype=torch.float64), atol=1e-4, rtol=0)
+    components = transform.projection / transform.projection.norm(dim=0)
+    torch.testing.assert_close(components.T @ components, torch.eye(32), atol=1e-4, rtol=0)
 
 
 def test_reconstruction_keeps_what_principal_components_can_keep() -> None:
     policy, (latents, _, _) = _fitted(), _training_split()
     restored = policy.transform.unnormalize(policy.transform.normalize(latents))
-    channels, error = latents.reshape(-1, 160), (restored - latents).reshape(-1, 160)
-    lost = (error.var(0) / channels.var(0)).mean()
-    standardised = (channels - channels.mean(0)) / channels.std(0)
-    best = torch.linalg.eigvalsh(standardised.double().T.cov())[:-32].sum() / 160
-    assert 0 < lost.item() == pytest.approx(best.item(), rel=0.02)
+    lost = (restored - latents).reshape(-1, 160).double().T.cov().trace()
+    best = torch.linalg.eigvalsh(latents.reshape(-1, 160).double().T.cov())[:-32].sum()
+    assert 0 < lost.item() == pytest.approx(best.item(), rel=0.05)
 
 
 def test_statistics_do_not_depend_on_how_clips_are_batched() -> None:
@@ -99,7 +109,7 @@ def test_condition_statistics_are_fitted_with_the_latents_and_nulls_start_at_the
     torch.testing.assert_close(statistics.clip_mean, clip_f.mean((0, 1)))
     torch.testing.assert_close(statistics.clip_std, clip_f.reshape(-1, 192).std(0))
     stds = sync_f.reshape(-1, 576).std(0)
-    torch.testing.assert_close(statistics.sync_std, stds.clamp(min=0.05 * stds.mean().item()))
+    torch.testing.assert_close(statistics.sync_std, stds.clamp(min=0.5 * stds.mean().item()))
     torch.testing.assert_close(policy.network.empty_sync_feat[0], sync_f.mean((0, 1)))
 
 

@@ -236,3 +236,36 @@ def test_options_that_cannot_be_are_refused() -> None:
         TrainingOptions(steps=0, batch_size=1, lr=1.0)
     with pytest.raises(InputError, match="two kinds of average"):
         TrainingOptions(steps=1, batch_size=1, lr=1.0, ema_decay=0.9, ema_width=0.05)
+
+
+def test_an_alarm_is_noted_once_and_stops_only_a_strict_run_also_after_a_resume(features: str, tmp_path: Path) -> None:
+    lenient = ToyObjective(features=features, alarm_at=5)
+    result = _fit(lenient, OPTIONS, tmp_path / "lenient")
+    assert (result.steps, result.stopped) == (9, None)
+    assert result.notes == ["first alarm at step 5: too long a run"]
+    strict = dataclasses.replace(lenient, strict=True)
+    # The alarm's memory is part of a checkpoint: killed at 4, resumed from 3, it still comes at 5.
+    _interrupted(strict, OPTIONS, tmp_path / "strict", 4)
+    result = _fit(strict, OPTIONS, tmp_path / "strict")
+    assert (result.steps, result.stopped) == (5, "step 5: too long a run")
+    assert (tmp_path / "strict" / "toy.safetensors").exists()
+    assert "val_loss" in result.metrics
+    assert _fit(strict, OPTIONS, tmp_path / "strict") == result
+
+
+def test_a_full_disk_at_a_checkpoint_is_a_clean_stop_that_resumes(
+    features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.training import checkpoints
+
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "publish", full)
+        with pytest.raises(EnvironmentFailed, match=r"step 3 cannot be written .*No space left.*run the same command"):
+            _fit(ToyObjective(features=features), OPTIONS, tmp_path / "full")
+    result = _fit(ToyObjective(features=features), OPTIONS, tmp_path / "full")
+    _fit(ToyObjective(features=features), OPTIONS, tmp_path / "whole")
+    assert "never finished" in result.notes[0]
+    assert _losses(tmp_path / "full") == _losses(tmp_path / "whole")

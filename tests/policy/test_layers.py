@@ -10,7 +10,7 @@ FORBIDDEN_IN_MODELS = ("ray", "mlflow", "deepspeed", "pyarrow", "av", "tyro", "t
 PLACES = {
     "deepspeed": ("pipelines/training/",),
     "ray.train": ("pipelines/training/",),
-    "ray.data": ("pipelines/data/",),
+    "ray.data": ("pipelines/data/", "pipelines/cluster.py"),
     "mlflow": ("pipelines/tracking_ship.py",),
     "av": ("pipelines/data/media", "pipelines/data/decode_child.py"),
     "tyro": ("jobs/cli.py",),
