@@ -1,5 +1,7 @@
 """Ray Train worker groups that do one training after another. The only import of ray.train.
 
+Ray is imported where it is used: `cluster.connect` has to set what Ray reads at its import.
+
 Starting a group (controller, workers, torch, DeepSpeed) costs half a minute on two cores, so a launch of many
 trainings starts it once: one `TorchTrainer.fit` in a thread, whose loop takes training orders from a small actor, the
 order book. A worker that dies takes its group with it; Ray Train starts the group again, the new
@@ -17,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 import torch
 
 from pipelines.cluster import cluster_cpus, cluster_gpus
@@ -128,6 +129,8 @@ class WorkerGroup:
 
     def nodes(self) -> dict[int, str]:
         """Return the Ray node id of every rank that has started."""
+        import ray
+
         return ray.get(self._book.nodes.remote())
 
     def run(self, order: TrainingOrder, report: Report) -> TrainingResult:
@@ -137,6 +140,8 @@ class WorkerGroup:
             PipelineError: what the training itself raised, with its exit code.
             EnvironmentFailed: the group cannot be kept alive.
         """
+        import ray
+
         number = ray.get(self._book.place.remote(order))
         placed = time.monotonic()
         warned = False
@@ -174,6 +179,7 @@ def warm_workers(
     Raises:
         InputError: the cluster can never hold the group.
     """
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -252,6 +258,8 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _do(book: Any, number: int, order: TrainingOrder, world: World) -> None:
+    import ray
+
     may_start = world.share(ray.get(book.begin.remote(number)) if world.is_main else None)
     if not may_start:
         return

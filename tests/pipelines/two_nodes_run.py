@@ -1,0 +1,70 @@
+"""The body of test_two_nodes, in a process of its own: what Ray reads at its import must be set before."""
+
+import json
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def main(folder: Path) -> dict[str, Any]:
+    """Start two nodes of one CPU each, preprocess and train across them, and tell which node did what."""
+    sys.path.insert(0, str(ROOT))
+    from pipelines.cluster import LOOPBACK_VARIABLES
+
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
+    environment["RAY_raylet_start_wait_time_s"] = "120"
+    os.environ.update({**LOOPBACK_VARIABLES, **environment})
+    import ray
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "object_store_memory": 200_000_000, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    preprocessed = _preprocess(folder)
+    return {"nodes": nodes, "preprocess": preprocessed, **_train(folder)}
+
+
+def _preprocess(folder: Path) -> list[str]:
+    from ray._private.state import actors
+
+    from jobs import cli, make_demo_world, preprocess
+
+    counts = ["--num-train=140", "--num-rpo=0", "--num-val=8", "--num-test=0", "--num-workers=0"]
+    flags = ["tiny", *counts, "--out", str(folder / "world")]
+    make_demo_world.main(cli.parse("make_demo_world", make_demo_world.Options, flags))
+    # Two actors of 0.7 CPU: no node can hold both.
+    manifest, out = str(folder / "world" / "clips.csv"), str(folder / "features")
+    flags = ["tiny", "--manifest", manifest, "--out", out, "--num-workers=2"]
+    preprocess.main(cli.parse("preprocess", preprocess.Options, flags))
+    workers = [entry for entry in actors().values() if "_CommittingActor" in entry["ActorClassName"]]
+    return sorted({entry["Address"]["NodeID"] for entry in workers})
+
+
+def _train(folder: Path) -> dict[str, Any]:
+    from pipelines.training.flow_matching_objective import FlowMatchingObjective, fit_starting_policy
+    from pipelines.training.launch import fit
+    from pipelines.training.loop import TrainingOrder
+    from pipelines.training.options import TrainingOptions
+    from pipelines.training.workers import warm_workers
+
+    features = str(folder / "features")
+    fit_starting_policy("tiny", 0, features, "train", folder / "start")
+    objective = FlowMatchingObjective(start=str(folder / "start"), features=features, size="tiny")
+    options = TrainingOptions(steps=4, batch_size=8, lr=1e-3, zero_stage=2, checkpoint_every=2)
+    (folder / "out").mkdir()
+    with warm_workers(2, cpus_per_worker=0.7) as group:
+        order = TrainingOrder(objective, options, str(folder / "out"))
+        result = fit(order, num_workers=2, report=lambda step, metrics: None, group=group)
+        return {"training": sorted(set(group.nodes().values())), "steps": result.steps}
+
+
+if __name__ == "__main__":
+    found = main(Path(sys.argv[1]))
+    Path(sys.argv[1], "found.json").write_text(json.dumps(found))
