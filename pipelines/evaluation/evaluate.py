@@ -10,10 +10,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from models.codec import build_codec
 from models.policy import CONFIG_FILE, KIND, Policy
 from models.reward import Reward
-from models.spec import SPECS
+from models.spec import SPECS, ClipSpec
 from models.weights import load_config
 from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, SCORES
@@ -48,23 +50,29 @@ class MakeWorker:
     settings: EvaluationSettings
 
     def __call__(self) -> EvaluationWorker:
-        """Load the models onto this actor's device."""
+        """Load the models onto this actor's device; raises InputError where a checkpoint does not fit this code."""
         device = worker_device()
         features = Dataset.open(self.inputs.features, FEATURES)
+        try:
+            measurer = self._measurer(features.spec, device)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return EvaluationWorker(features, measurer)
+
+    def _measurer(self, spec: ClipSpec, device: torch.device) -> ClipMeasurer:
         reward, _ = open_files(self.inputs.reward, CHECKPOINT)
         policy = None
         if self.settings.needs_policy and self.inputs.policy is not None:
             folder, _ = open_files(self.inputs.policy, CHECKPOINT)
             policy = Policy.load(folder.local_path(), device)
-        measurer = ClipMeasurer(
+        return ClipMeasurer(
             policy=policy,
             reward=Reward.load(reward.local_path(), device),
-            codec=build_codec(features.spec.name, device),
-            spec=features.spec,
+            codec=build_codec(spec.name, device),
+            spec=spec,
             settings=self.settings,
             device=device,
         )
-        return EvaluationWorker(features, measurer)
 
 
 def evaluate(

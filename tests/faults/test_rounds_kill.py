@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs import cli
+from jobs.rpo_rounds import Options, main
 from pipelines.data.store import read_manifest
 from pipelines.tracking import LAUNCH_VARIABLE
 from tests.world_factory import launch_without_shipper, write_policy, write_reward, write_world
@@ -28,8 +30,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(world: Path, out: Path) -> subprocess.Popen[bytes]:
-    flags = {
+def flags(world: Path, out: Path) -> list[str]:
+    values = {
         "policy": world / "m0",
         "reward": world / "reward",
         "features": world / "features",
@@ -49,8 +51,12 @@ def start(world: Path, out: Path) -> subprocess.Popen[bytes]:
         "gate": "report",
         "num-workers": 0,
     }
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def start(world: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "jobs/rpo_rounds.py", *(f"--{name}={value}" for name, value in flags.items())],
+        [sys.executable, "jobs/rpo_rounds.py", *flags(world, out)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", LAUNCH_VARIABLE: launch_without_shipper(out.parent / "launch")},
         start_new_session=True,
@@ -72,9 +78,12 @@ def parts(folder: Path) -> int:
     return len(list((folder / "data").glob("part-*.parquet")))
 
 
-def test_rounds_killed_in_pairs_and_in_training_end_as_if_never_killed(world: Path, tmp_path: Path) -> None:
+def test_rounds_killed_in_pairs_and_in_training_end_as_if_never_killed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(world, whole).wait() == 0
+    monkeypatch.setenv(LAUNCH_VARIABLE, launch_without_shipper(tmp_path / "launch"))
+    assert main(cli.parse("rpo_rounds", Options, flags(world, whole))) == 0
 
     pairs, policy = cut / "round_0/pairs", cut / "round_0/policy"
     kill_when(start(world, cut), lambda: 1 <= parts(pairs) < 3)

@@ -1,14 +1,19 @@
 """The command: wrong options are one line and exit 2 before anything is loaded."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from jobs import cli
 from jobs.evaluate import Options
+from pipelines.data.contracts import SCORES
+from pipelines.data.store import Dataset
 from pipelines.errors import InputError
+from tests.demo_factory import write_demo_features, write_untrained_policy, write_untrained_reward
 
 NEEDED = ("--reward", "r", "--features", "f", "--out", "o")
 
@@ -48,3 +53,30 @@ def test_an_input_that_is_not_there_is_one_line_and_exit_2(tmp_path: Path) -> No
     assert f"{tmp_path / 'f'} does not exist" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_the_same_command_gives_the_digest_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    words = [
+        *(sys.executable, "jobs/evaluate.py", "tiny", "--num-workers", "0"),
+        *("--features", str(write_demo_features(tmp_path / "features", {"test": 70}))),
+        *("--reward", str(write_untrained_reward(tmp_path / "reward"))),
+        *("--policy", str(write_untrained_policy(tmp_path / "policy"))),
+    ]
+
+    def command(name: str) -> list[str]:
+        return [*words, "--out", str(tmp_path / name)]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    victim = subprocess.Popen(command("broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "broken" / "data"
+    while not (parts.is_dir() and any(parts.glob("part-*.parquet"))):
+        assert victim.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "broken" / "manifest.json").exists()
+    again = subprocess.run(command("broken"), check=True, capture_output=True, text=True)
+    assert "evaluate: resume" in again.stdout
+    digests = [Dataset.open(str(tmp_path / name), SCORES).digest for name in ("whole", "broken")]
+    assert digests[0] == digests[1]

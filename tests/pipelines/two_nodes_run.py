@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+START_ATTEMPTS = 4
 
 
 def main(folder: Path) -> dict[str, Any]:
@@ -16,19 +17,34 @@ def main(folder: Path) -> dict[str, Any]:
     from pipelines.cluster import LOOPBACK_VARIABLES
 
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
-    environment["RAY_raylet_start_wait_time_s"] = "120"
     os.environ.update({**LOOPBACK_VARIABLES, **environment})
     import ray
-    from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 1, "object_store_memory": 200_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
-    cluster.wait_for_nodes()
+    cluster = _two_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
     preprocessed = _preprocess(folder)
     return {"nodes": nodes, "preprocess": preprocessed, **_train(folder)}
+
+
+def _two_nodes() -> Any:
+    """Two raylets; tried again where a busy machine does not start Ray's agent in the seconds that Ray allows it."""
+    from ray.cluster_utils import Cluster
+
+    size = {"num_cpus": 1, "object_store_memory": 200_000_000}
+    for attempts_left in reversed(range(START_ATTEMPTS)):
+        cluster = Cluster()
+        try:
+            cluster.add_node(**size, include_dashboard=False)
+            cluster.add_node(**size)
+            cluster.wait_for_nodes()
+        except Exception:
+            cluster.shutdown()
+            if not attempts_left:
+                raise
+            continue
+        return cluster
+    raise RuntimeError("no attempt was made")
 
 
 def _preprocess(folder: Path) -> list[str]:
