@@ -65,7 +65,12 @@ def steps(options: Options) -> list[Step]:
     out, workers = options.out, ("--num-workers", str(options.num_workers))
     features, reward, m0 = f"{out}/features", f"{out}/sf_cavp", f"{out}/m0"
     data = ("--features", features)
-    counts = [f"--num-{split}={getattr(options, f'num_{split}')}" for split in ("train", "rpo", "val", "test")]
+    counts = (
+        f"--num-train={options.num_train}",
+        f"--num-rpo={options.num_rpo}",
+        f"--num-val={options.num_val}",
+        f"--num-test={options.num_test}",
+    )
 
     def step(name: str, job: str, place: str, *flags: str) -> Step:
         return Step(name, job, (*flags, "--out", place), place)

@@ -153,11 +153,11 @@ def edit_sound(log_mel: Tensor, u: Tensor) -> Edited:
     return Edited(edited, (change > CHANGED_NATS).sum(dim=1) >= CHANGED_COLUMNS)
 
 
-def join_two_clips(frames: Tensor, log_mel: Tensor, u: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+def join_two_clips(frames: Tensor, log_mel: Tensor, u: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
     """Turn some samples into clips of two: frames [B, T, 3, H, W], log-mel [B, M, k * T], u [B, JOIN_DRAWS].
 
-    With `probability`, half of the time the partner's clip takes over at a cut (the same in both modalities, between 30
-    and 70 %), half of the time both play at once, their pictures side by side, the partner's sound 0 to 6 dB softer.
+    With `probability` [B]: half of the time the partner's clip takes over at a cut (the same in both modalities, at
+    30 to 70 %), half of the time both play at once, pictures side by side, the partner's sound 0 to 6 dB softer.
     """
     num_frames, columns = frames.shape[1], log_mel.shape[2]
     is_cut = u[:, 0] < probability / 2

@@ -55,6 +55,11 @@ class LossConfig:
     num_edits: int = 3
     """Wrong versions of its own sound that each picture meets."""
     join_probability: float = 0.3
+    easy_samples: int = 0
+    """How many samples of a run are plain: no edits, no background, no joined clips. A fresh network that meets them at
+    once stays for hundreds of steps where it tells nothing apart."""
+    ramp_samples: int = 0
+    """Over how many samples after those the hard ones become the rule."""
     temporal_form: Literal["offset", "segment"] = "offset"
     temporal_weight: float = 1.0
     ranking_weight: float = 1.0
@@ -64,21 +69,36 @@ class LossConfig:
     """Length of a segment of the `segment` form: 0.5 s."""
 
     @property
+    def hard_from(self) -> int:
+        """Position from which every sample is hard."""
+        return self.easy_samples + max(self.ramp_samples, 1)
+
+    @property
     def num_draws(self) -> int:
         """Uniform numbers that one sample takes."""
-        return JOIN_DRAWS + self.num_crops * (3 + self.num_edits * EDIT_DRAWS + (self.num_edits + 2) * BACKGROUND_DRAWS)
+        return (
+            1
+            + JOIN_DRAWS
+            + self.num_crops * (3 + self.num_edits * EDIT_DRAWS + (self.num_edits + 2) * BACKGROUND_DRAWS)
+        )
 
 
 LOSS_CONFIGS: dict[str, LossConfig] = {
-    "tiny": LossConfig(crop_steps=24, max_offset_steps=12, offset_grid=1),
+    "tiny": LossConfig(crop_steps=24, max_offset_steps=12, offset_grid=1, easy_samples=150 * 32, ramp_samples=60 * 32),
     "base": LossConfig(crop_steps=64, max_offset_steps=32, offset_grid=2, num_crops=3),
 }
 """The losses by model size: tiny for clips of 2.5 s, base for 8 s and longer."""
 
 
-def draw_uniforms(generators: Sequence[torch.Generator], config: LossConfig) -> Tensor:
-    """Draw everything that is random about each sample, from its own generator: [B, num_draws] in [0, 1)."""
-    return torch.stack([torch.rand(config.num_draws, generator=generator) for generator in generators])
+def draw_uniforms(generators: Sequence[torch.Generator], positions: Sequence[int], config: LossConfig) -> Tensor:
+    """Draw everything that is random about each sample, from its own generator: [B, num_draws] in [0, 1).
+
+    `positions` count the samples of the run; from them the first number becomes 1 for a hard sample, 0 for an easy one.
+    """
+    u = torch.stack([torch.rand(config.num_draws, generator=generator) for generator in generators])
+    done = torch.tensor(positions, dtype=torch.float64) - config.easy_samples
+    u[:, 0] = (u[:, 0] < (done / max(config.ramp_samples, 1)).clamp(0, 1)).float()
+    return u
 
 
 @dataclass(frozen=True)
@@ -87,9 +107,11 @@ class TrainingViews:
 
     frames: Tensor
     sounds: Tensor
-    """The sound of exactly the picture's crop, then versions with one more edit each: [B, 1 + K, M, T]."""
+    """The sound of exactly the picture's crop, then versions with one more edit each: [B, 1 + K, M, T].
+
+    Where no sample of the batch is hard, the real sound alone: [B, 1, M, T]."""
     is_wrong: Tensor
-    """Whether an edit changed enough to be wrong, [B, K]."""
+    """Whether an edit counts: its sample is hard and it changed enough, [B, K]."""
     offset_mel: Tensor
     """The sound with the plan's offset."""
     offset: Tensor
@@ -100,10 +122,15 @@ class TrainingViews:
 def make_views(model: SFCAVP, frames: Tensor, waves: Tensor, u: Tensor, config: LossConfig) -> TrainingViews:
     """Join, crop, edit, re-scale: frames [B, T, 3, H, W] in [0, 1] at 16 fps, waves [B, S] at 16 kHz, u [B, draws]."""
     num_crops, num_edits = config.num_crops, config.num_edits
-    u_join, u_crops = u[:, :JOIN_DRAWS], u[:, JOIN_DRAWS:].reshape(len(u), num_crops, -1)
+    is_hard, u_join, u_crops = u[:, 0] > 0.5, u[:, 1 : 1 + JOIN_DRAWS], u[:, 1 + JOIN_DRAWS :]
+    u_crops = u_crops.reshape(len(u), num_crops, -1)
     frames, log_mel = join_two_clips(
-        model.pool_frames(frames), model.log_mel(normalise_loudness(waves)), u_join, config.join_probability
+        model.pool_frames(frames),
+        model.log_mel(normalise_loudness(waves)),
+        u_join,
+        config.join_probability * is_hard,
     )
+    is_hard = is_hard.repeat_interleave(num_crops)
     plan = plan_crops(
         u_crops[:, :, 0],
         u_crops[:, :, 1],
@@ -117,19 +144,22 @@ def make_views(model: SFCAVP, frames: Tensor, waves: Tensor, u: Tensor, config: 
     # One gain for a sample and its edits alike, or loudness would tell them apart.
     gain_db = GAIN_JITTER_DB * (2 * u_flat[:, 2] - 1)
     sounds = [apply_gain(_cut_sound(log_mel, plan.video_start, config), gain_db)]
-    is_wrong = []
+    is_wrong = torch.zeros(len(u_flat), num_edits, dtype=torch.bool, device=u.device)
     u_edits = u_flat[:, 3 : 3 + num_edits * EDIT_DRAWS].reshape(len(u_flat), num_edits, EDIT_DRAWS)
-    for k in range(num_edits):
+    for k in range(num_edits if bool(is_hard.any()) else 0):
         edited = edit_sound(sounds[-1], u_edits[:, k])
         sounds.append(edited.log_mel)
-        is_wrong.append(edited.is_wrong)
+        is_wrong[:, k] = edited.is_wrong & is_hard
     sounds.append(apply_gain(_cut_sound(log_mel, plan.audio_start, config), gain_db))
     u_backgrounds = u_flat[:, 3 + num_edits * EDIT_DRAWS :].reshape(len(u_flat), num_edits + 2, BACKGROUND_DRAWS)
-    sounds = [add_background(sound, u_backgrounds[:, k]) for k, sound in enumerate(sounds)]
+    sounds = [
+        torch.where(is_hard[:, None, None], add_background(sound, u_backgrounds[:, k]), sound)
+        for k, sound in enumerate(sounds)
+    ]
     return TrainingViews(
         frames=cut(frames, plan.video_start, config.crop_steps, dim=1),
         sounds=torch.stack(sounds[:-1], dim=1),
-        is_wrong=torch.stack(is_wrong, dim=1),
+        is_wrong=is_wrong,
         offset_mel=sounds[-1],
         offset=plan.offset.flatten(),
     )
@@ -229,16 +259,18 @@ def sf_cavp_loss(
     video = model.encode_video(views.frames)
     offset_sound, sounds = _encode_sounds(model, views)
     scale_slow, scale_fast = model.scales()
-    num_sounds = 1 + config.num_edits
+    num_sounds = views.sounds.shape[1]
+    without_edits = 1 + config.num_edits - num_sounds
     offsets = _offset_grid(config, video.fast.device)
 
-    # [B, 1 + K]: the two parts of the reward, of the real sound and its edits.
+    # [B, 1 + K]: the two parts of the reward, of the real sound and its edits; nought where there are none, so that
+    # every rank gathers the same shapes.
     video_vector = clip_vector(video.slow)
     sound_vectors = rearrange(clip_vector(sounds.slow), "(b k) d -> b k d", k=num_sounds)
-    cosines = torch.einsum("bd,bkd->bk", video_vector, sound_vectors)
+    cosines = F.pad(torch.einsum("bd,bkd->bk", video_vector, sound_vectors), (0, without_edits))
     repeated = video.fast.repeat_interleave(num_sounds, dim=0)
     contrasts = temporal_contrast(offset_similarity(repeated, sounds.fast, offsets), offsets)
-    contrasts = rearrange(contrasts, "(b k) -> b k", k=num_sounds)
+    contrasts = F.pad(rearrange(contrasts, "(b k) -> b k", k=num_sounds), (0, without_edits))
 
     all_video, all_audio = gather(video_vector), gather(sound_vectors[:, 0])
     edited, is_edited = gather(cosines[:, 1:]), gather(views.is_wrong.cumsum(dim=1) > 0)

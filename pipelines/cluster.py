@@ -55,19 +55,6 @@ def _quiet() -> None:
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 
-def quiet_ray_data() -> None:
-    """Keep Ray Data's bars and info lines out of the output: the stages show their own progress.
-
-    To be called where Ray Data is used, since its import sets its loggers anew.
-    """
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
 def cluster_cpus() -> float:
     """CPUs of the connected cluster."""
     import ray

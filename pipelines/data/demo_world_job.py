@@ -113,7 +113,7 @@ def _make_on_ray(
     import ray
     from ray.data import TaskPoolStrategy
 
-    from pipelines.cluster import quiet_ray_data
+    from pipelines.data.ray_data import quiet_ray_data
 
     quiet_ray_data()
     items = [{"group": json.dumps([asdict(plan) for plan in group])} for group in groups]

@@ -186,7 +186,8 @@ def _run_on_ray(
     import ray
     from ray.data import ActorPoolStrategy
 
-    from pipelines.cluster import cluster_cpus, quiet_ray_data
+    from pipelines.cluster import cluster_cpus
+    from pipelines.data.ray_data import quiet_ray_data
 
     num_workers = min(num_workers, len(todo))
     quiet_ray_data()

@@ -113,7 +113,10 @@ class SFCAVPObjective:
         """Decoded frames uint8 [B, T, H, W, 3], sound [B, S] at 16 kHz, and the uniform numbers of each sample."""
         frames = torch.stack([decode_pictures(jpegs) for jpegs in rows["frames"].to_pylist()])
         waves = torch.stack([decode_wave(flac, self.sample_rate_hz) for flac in rows["audio"].to_pylist()])
-        uniforms = draw_uniforms(draws.generators(), LOSS_CONFIGS[self.size])
+        config = LOSS_CONFIGS[self.size]
+        # Validation is on hard samples throughout.
+        positions = draws.positions if draws.stream == "training" else [config.hard_from] * len(draws.positions)
+        uniforms = draw_uniforms(draws.generators(), positions, config)
         return {"frames": frames, "waves": waves, "uniforms": uniforms}
 
     def export(self, trainee: Trainee, folder: Path) -> Exported:

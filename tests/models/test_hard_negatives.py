@@ -115,7 +115,7 @@ def test_two_clips_are_cut_at_the_same_time_in_picture_and_sound() -> None:
     frames = torch.arange(4.0).reshape(4, 1, 1, 1, 1).expand(4, 40, 3, 8, 8) / 4
     log_mel = torch.arange(4.0).reshape(4, 1, 1).expand(4, 64, 160)
     u = torch.tensor([[0.01, 0.3, 0.5, 0.5]] * 4)
-    joined_frames, joined_mel = join_two_clips(frames, log_mel, u, 0.3)
+    joined_frames, joined_mel = join_two_clips(frames, log_mel, u, torch.full((4,), 0.3))
     seen, heard = joined_frames[0, :, 0, 0, 0] * 4, joined_mel[0, 0]
     assert set(seen.tolist()) == {0.0, 2.0}
     assert torch.equal(seen.repeat_interleave(4), heard)
@@ -126,7 +126,9 @@ def test_two_clips_side_by_side_are_both_seen_and_both_heard() -> None:
     frames = torch.zeros(4, 40, 3, 8, 8)
     frames[2:] = 1.0
     x = sounds()
-    joined_frames, joined_mel = join_two_clips(frames, x[..., :80], torch.tensor([[0.2, 0.5, 0.0, 0.5]] * 4), 0.3)
+    joined_frames, joined_mel = join_two_clips(
+        frames, x[..., :80], torch.tensor([[0.2, 0.5, 0.0, 0.5]] * 4), torch.full((4,), 0.3)
+    )
     assert joined_frames[0, :, :, :, :4].max() == 0
     assert joined_frames[0, :, :, :, 4:].min() == 1
     torch.testing.assert_close(joined_mel[0], mix_power(x[0, :, :80], x[2, :, :80], torch.zeros(())))
@@ -136,7 +138,7 @@ def test_two_clips_side_by_side_are_both_seen_and_both_heard() -> None:
 def test_joining_keeps_to_its_probability(probability) -> None:
     generator = torch.Generator().manual_seed(0)
     frames, x = torch.rand(8, 40, 3, 8, 8, generator=generator), torch.randn(8, 64, 160, generator=generator)
-    joined, _ = join_two_clips(frames, x, torch.rand(8, 4, generator=generator), probability)
+    joined, _ = join_two_clips(frames, x, torch.rand(8, 4, generator=generator), torch.full((8,), probability))
     changed = (joined != frames).any(dim=(1, 2, 3, 4))
     assert changed.float().mean() == probability
 

@@ -40,6 +40,10 @@ def generators(count: int, first: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(first + i) for i in range(count)]
 
 
+def hard_draws(count: int, config: LossConfig, first: int = 0) -> Tensor:
+    return draw_uniforms(generators(count, first), [config.hard_from] * count, config)
+
+
 def flashes_and_clicks(num_clips: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Clips of 2.5 s in which the screen flashes and a click sounds at the same three times."""
     generator = torch.Generator().manual_seed(seed)
@@ -138,13 +142,13 @@ def test_the_views_are_a_function_of_each_samples_own_draws() -> None:
     model = SFCAVP(SF_CAVP_SIZES["tiny"])
     frames, waves = flashes_and_clicks(4)
     config = dataclasses.replace(TINY, join_probability=0.0)
-    views = make_views(model, frames, waves, draw_uniforms(generators(4), config), config)
+    views = make_views(model, frames, waves, hard_draws(4, config), config)
     assert views.frames.shape == (4, 24, 3, 32, 32)
     assert views.sounds.shape == (4, 4, 64, 96)
-    again = make_views(model, frames, waves, draw_uniforms(generators(4), config), config)
+    again = make_views(model, frames, waves, hard_draws(4, config), config)
     assert torch.equal(views.sounds, again.sounds)
     two = slice(1, 4, 2)
-    half = make_views(model, frames[two], waves[two], draw_uniforms(generators(4)[two], config), config)
+    half = make_views(model, frames[two], waves[two], hard_draws(4, config)[two], config)
     assert torch.equal(half.frames, views.frames[two])
     assert torch.equal(half.offset, views.offset[two])
     torch.testing.assert_close(half.sounds[:, 0], views.sounds[two, 0])
@@ -154,7 +158,7 @@ def test_the_aligned_sound_is_that_of_the_pictures_crop() -> None:
     """A click every flash: where the picture is bright, the aligned sound is loud."""
     model = SFCAVP(SF_CAVP_SIZES["tiny"])
     frames, waves = flashes_and_clicks(16)
-    views = make_views(model, frames, waves, draw_uniforms(generators(16), TINY), TINY)
+    views = make_views(model, frames, waves, hard_draws(16, TINY), TINY)
     bright = views.frames.mean(dim=(2, 3, 4)) > 0.5
     loudness = views.sounds[:, 0].amax(dim=1).reshape(16, 24, 4).amax(dim=2)
     assert loudness[bright].median() > loudness[~bright].median() + 2
@@ -196,7 +200,7 @@ def test_two_ranks_compute_the_loss_and_the_gradient_of_one(form, num_crops) -> 
     model = SFCAVP(SF_CAVP_SIZES["tiny"])
     frames, waves = flashes_and_clicks(8)
     model.fit(frames, waves)
-    u = draw_uniforms(generators(8), config)
+    u = hard_draws(8, config)
 
     def of(rows: Tensor) -> Callable[[Callable[[Tensor], Tensor]], Tensor]:
         return lambda gather: sf_cavp_loss(model, frames[rows], waves[rows], u[rows], gather, config)[0]
@@ -215,12 +219,45 @@ def test_two_ranks_compute_the_loss_and_the_gradient_of_one(form, num_crops) -> 
         torch.testing.assert_close(two[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-7)
 
 
+def test_samples_are_easy_first_and_hard_in_the_end() -> None:
+    config = dataclasses.replace(TINY, easy_samples=100, ramp_samples=100)
+    shares = [
+        draw_uniforms(generators(200), [position] * 200, config)[:, 0].mean().item() for position in (0, 100, 150, 201)
+    ]
+    assert shares[0] == shares[1] == 0
+    assert shares[2] == pytest.approx(0.5, abs=0.15)
+    assert shares[3] == 1
+    assert config.hard_from == 200
+
+
+def test_an_easy_batch_is_plain_and_gathers_the_same_shapes_as_a_hard_one() -> None:
+    torch.manual_seed(0)
+    model = SFCAVP(SF_CAVP_SIZES["tiny"])
+    frames, waves = flashes_and_clicks(4)
+    model.fit(frames, waves)
+    shapes: dict[str, list[torch.Size]] = {"easy": [], "hard": []}
+    for name, position in (("easy", 0), ("hard", TINY.hard_from)):
+
+        def gather(x: Tensor, name: str = name) -> Tensor:
+            shapes[name].append(x.shape)
+            return x
+
+        u = draw_uniforms(generators(4), [position] * 4, TINY)
+        loss, metrics = sf_cavp_loss(model, frames, waves, u, gather, TINY)
+        assert torch.isfinite(loss)
+        assert (metrics["ranking_fast"] > 0) == (name == "hard")
+    assert shapes["easy"] == shapes["hard"]
+    plain = make_views(model, frames, waves, draw_uniforms(generators(4), [0] * 4, TINY), TINY)
+    assert plain.sounds.shape == (4, 1, 64, 96)
+    assert not plain.is_wrong.any()
+
+
 def test_every_parameter_gets_a_gradient() -> None:
     torch.manual_seed(0)
     model = SFCAVP(SF_CAVP_SIZES["tiny"])
     frames, waves = flashes_and_clicks(4)
     model.fit(frames, waves)
-    loss, metrics = sf_cavp_loss(model, frames, waves, draw_uniforms(generators(4), TINY), identity, TINY)
+    loss, metrics = sf_cavp_loss(model, frames, waves, hard_draws(4, TINY), identity, TINY)
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     assert all(not value.requires_grad and value.ndim == 0 for value in metrics.values())
@@ -235,7 +272,7 @@ def test_a_few_steps_learn_when_things_sound() -> None:
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=3e-3)
     history = []
     for step in range(25):
-        u = draw_uniforms(generators(16, first=100 * step), config)
+        u = hard_draws(16, config, first=100 * step)
         loss, metrics = sf_cavp_loss(model, frames, waves, u, identity, config)
         optimizer.zero_grad()
         loss.backward()
