@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHMARKS := $(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := preprocess train_step
 
 .PHONY: help setup lock fmt lint check test test-slow demo bench docs clean
 
@@ -51,7 +51,7 @@ demo: $(STAMP) ## the whole line on a synthetic world, into runs/demo
 	$(BIN)/python jobs/demo.py --out runs/demo
 
 bench: $(STAMP) ## every benchmark, each prints a table
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 docs: $(STAMP) ## regenerate docs/datasets.md from the contracts
 	$(BIN)/python -m pipelines.data.contract_docs docs/datasets.md

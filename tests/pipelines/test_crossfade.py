@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.crossfade import cross_faded, window_starts
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 3000), window=st.integers(2, 400), data=st.data())
 def test_windows_cover_everything_with_the_overlap_asked_for(total: int, window: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, window - 1))
@@ -25,6 +26,7 @@ def test_windows_cover_everything_with_the_overlap_asked_for(total: int, window:
     assert (len(starts) - 1) * (window - overlap) + overlap < total
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 3000), window=st.integers(40, 400), fade=st.integers(0, 19))
 def test_the_result_has_exactly_the_length_and_keeps_what_lies_outside_the_joints(
     total: int, window: int, fade: int

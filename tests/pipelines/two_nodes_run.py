@@ -17,6 +17,8 @@ def main(folder: Path) -> dict[str, Any]:
     from pipelines.cluster import LOOPBACK_VARIABLES
 
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
+    # Ray lowers its workers to niceness 15, where anything else that runs starves them.
+    environment["RAY_worker_niceness"] = "0"
     os.environ.update({**LOOPBACK_VARIABLES, **environment})
     import ray
 
