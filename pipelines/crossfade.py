@@ -5,6 +5,7 @@ joint both sound at -3 dB, and a steady noise keeps its level across it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -26,8 +27,15 @@ def cross_faded(waves: Iterable[np.ndarray], starts: Sequence[int], total: int, 
     """Blocks that follow each other and make up `total` samples; holds two windows at a time.
 
     `waves` are float32 [window], one for each start, in order; neighbours share at least `fade` samples, and are
-    blended over `fade` of them in the middle of what they share.
+    blended over `fade` of them in the middle of what they share. Starts from `window_starts` with an overlap of
+    fade + 1 fit where a window is at least 3 fades and 3 samples long.
+
+    Raises:
+        ValueError: windows start closer to each other than a fade, so that joints would run into each other.
     """
+    nearest = min((b - a for a, b in pairwise(starts)), default=fade)
+    if nearest < fade:
+        raise ValueError(f"windows start {nearest} samples apart, closer than a fade of {fade}; make the fade shorter")
     rise = np.sin(0.5 * np.pi * (np.arange(fade) + 0.5) / max(fade, 1)).astype(np.float32)
     previous, before, done = np.zeros(0, np.float32), 0, 0
     for start, wave in zip(starts, waves, strict=True):

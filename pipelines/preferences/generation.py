@@ -15,8 +15,10 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from models import policy as policies
+from models import reward as rewards
 from models.codec import build_codec
-from models.policy import CONFIG_FILE, KIND, Policy
+from models.policy import Policy
 from models.reward import Reward
 from models.spec import SPECS
 from models.weights import load_config
@@ -121,9 +123,9 @@ def generate_pairs(
             content = dataset_manifest(context.folder, PAIRS, features.spec)
             table = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, PAIRS).read(SUMMARISED)
             outcomes = _outcomes(table, content, units)
-            rewards = reward_summary(table)
-            tracker.metrics(settings.round_index, {**outcomes, **rewards})
-            context.finish({**content, "outcomes": outcomes, "rewards": rewards, "reward_saw_clips": reward_saw_clips})
+            means = reward_summary(table)
+            tracker.metrics(settings.round_index, {**outcomes, **means})
+            context.finish({**content, "outcomes": outcomes, "rewards": means, "reward_saw_clips": reward_saw_clips})
 
     run_stage(
         name=STAGE,
@@ -147,12 +149,16 @@ def check_inputs(inputs: PairInputs, features: Dataset) -> dict[str, str]:
             f"{inputs.features} has no clips of split '{inputs.split}', only {features.splits}; name the one to use "
             f"with --split (with --split train the reward ranks clips it was trained on, which the manifest records)"
         )
-    folder, policy = open_files(inputs.policy, CHECKPOINT)
-    _, reward = open_files(inputs.reward, CHECKPOINT)
+    policy_folder, policy = open_files(inputs.policy, CHECKPOINT)
+    reward_folder, reward = open_files(inputs.reward, CHECKPOINT)
     try:
-        spec_name = load_config(folder.local_path(CONFIG_FILE), KIND).get("spec")
+        spec_name = load_config(policy_folder.local_path(policies.CONFIG_FILE), policies.KIND).get("spec")
     except ValueError as error:
         raise InputError(f"{inputs.policy} is not a policy: {error}") from error
+    try:
+        load_config(reward_folder.local_path(rewards.CONFIG_FILE), rewards.KIND)
+    except ValueError as error:
+        raise InputError(f"{inputs.reward} is not a reward: {error}") from error
     if SPECS.get(str(spec_name)) != features.spec:
         raise InputError(
             f"{inputs.policy} is a policy for clips of spec '{spec_name}', {inputs.features} has clips of "

@@ -233,9 +233,11 @@ def test_wrong_input_is_one_line_before_any_work(world: Path, tmp_path: Path, ch
     assert not (tmp_path / "pairs").exists()
 
 
-def test_a_reward_in_the_place_of_a_policy_is_refused(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a policy"):
-        main(options(world, tmp_path / "pairs", policy=str(world / "reward")))
+@pytest.mark.parametrize(("role", "given"), [("policy", "reward"), ("reward", "m0")])
+def test_a_checkpoint_of_the_other_kind_is_refused(world: Path, tmp_path: Path, role: str, given: str) -> None:
+    with pytest.raises(InputError, match=f"is not a {role}"):
+        main(options(world, tmp_path / "pairs", **{role: str(world / given)}))
+    assert not (tmp_path / "pairs").exists()
 
 
 def test_a_constant_reward_gives_no_pair(world: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_windows_cover_everything_with_the_overlap_asked_for(total: int, window:
 
 
 @settings(deadline=None)
-@given(total=st.integers(1, 3000), window=st.integers(40, 400), fade=st.integers(0, 19))
+@given(total=st.integers(1, 3000), window=st.integers(60, 400), fade=st.integers(0, 19))
 def test_the_result_has_exactly_the_length_and_keeps_what_lies_outside_the_joints(
     total: int, window: int, fade: int
 ) -> None:
@@ -66,3 +66,9 @@ def test_a_joint_goes_from_the_one_sound_to_the_other_without_a_step() -> None:
 def test_an_overlap_as_long_as_the_window_is_refused() -> None:
     with pytest.raises(ValueError, match="overlap 10"):
         window_starts(100, 10, 10)
+
+
+def test_joints_that_would_run_into_each_other_are_refused() -> None:
+    starts = window_starts(61, 40, 20)
+    with pytest.raises(ValueError, match="closer than a fade of 19"):
+        list(cross_faded([np.zeros(40, np.float32)] * len(starts), starts, 61, 19))
