@@ -25,6 +25,8 @@ class Options(TrainingOptions):
     """Split to train on."""
     val_split: str = "val"
     """Split to validate, calibrate and measure on."""
+    codec_share: float = 0.0
+    """Share of the sounds that go through the codec in training, as everything does that the reward will rank."""
     num_workers: int = 2
     """Ray Train workers; 0 trains in this process without Ray."""
     steps: int = 100_000
@@ -59,6 +61,7 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         ),
         train_split=options.split,
         val_split=options.val_split,
+        codec_share=options.codec_share,
     )
     return 0
 

@@ -111,6 +111,8 @@ def ranking_gates(scores: ClipScores, truth_location: str | None) -> dict[str, A
         check_same_clips({"scores": scores, "truth_scores": truth})
         above_worst, above_best = ground_truth_shares(truth.values["reward"], scores.candidates["total"])
         found |= {"truth_above_worst": above_worst, "truth_above_best": above_best}
+        # Real sound through the codec; far below 0, the mean of real pairs, the reward hears the codec.
+        found["inverted_truth_reward"] = float(np.nanmean(truth.values["reward"]))
     return found
 
 

@@ -7,6 +7,7 @@ statistics, is a file; what is exported is a `Reward`: the weights and their cal
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -16,11 +17,12 @@ import torchaudio.functional
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from models.codec import Codec, build_codec
 from models.reward import Reward
 from models.sf_cavp import SAMPLE_RATE_HZ, SF_CAVP_SIZES, SFCAVP, parameter_groups
 from models.sf_cavp_losses import LOSS_CONFIGS, LossConfig, draw_uniforms, sf_cavp_loss
 from models.weights import load_strict, load_weights, save_weights
-from pipelines.data.contracts import FEATURES
+from pipelines.data.contracts import FEATURES, column_to_numpy
 from pipelines.data.media_write import decode_flac
 from pipelines.data.store import Dataset
 from pipelines.errors import ContractError, InputError
@@ -57,6 +59,11 @@ def decode_wave(flac: bytes, rate_hz: int) -> Tensor:
     return torchaudio.functional.resample(wave, rate_hz, SAMPLE_RATE_HZ)
 
 
+@lru_cache(maxsize=1)
+def _codec(spec_name: str) -> Codec:
+    return build_codec(spec_name, "cpu")
+
+
 class SFCAVPTrainee(Trainee):
     """SF-CAVP with its losses."""
 
@@ -84,13 +91,22 @@ class SFCAVPObjective:
     size: str
     sample_rate_hz: int
     """Of the stored sound."""
+    spec_name: str = "tiny"
+    """Clip spec of the rows, which names their codec."""
+    codec_share: float = 0.0
+    """Share of the samples whose sound goes through the codec. Everything a generator makes has, so a reward that has
+    only met recorded sound hears the codec first and the event second."""
     train_split: str = "train"
     val_split: str = "val"
 
     name = "sf_cavp"
-    columns = ("frames", "audio")
     probe_every = 0
     stop_on_alarm = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Frames and sound, and latents where some of the sound is to come out of the codec."""
+        return ("frames", "audio", "latent_mean") if self.codec_share > 0 else ("frames", "audio")
 
     @property
     def training_data(self) -> DataRef:
@@ -112,12 +128,26 @@ class SFCAVPObjective:
     def collate(self, rows: pa.Table, draws: Draws) -> Batch:
         """Decoded frames uint8 [B, T, H, W, 3], sound [B, S] at 16 kHz, and the uniform numbers of each sample."""
         frames = torch.stack([decode_pictures(jpegs) for jpegs in rows["frames"].to_pylist()])
-        waves = torch.stack([decode_wave(flac, self.sample_rate_hz) for flac in rows["audio"].to_pylist()])
+        waves = torch.stack(self._waves(rows, draws))
         config = LOSS_CONFIGS[self.size]
         # Validation is on hard samples throughout.
         positions = draws.positions if draws.stream == "training" else [config.hard_from] * len(draws.positions)
         uniforms = draw_uniforms(draws.generators(), positions, config)
         return {"frames": frames, "waves": waves, "uniforms": uniforms}
+
+    def _waves(self, rows: pa.Table, draws: Draws) -> list[Tensor]:
+        """The rows' sounds [S] at 16 kHz, recorded or, for a share drawn by sample, decoded from their latents."""
+        waves = [decode_wave(flac, self.sample_rate_hz) for flac in rows["audio"].to_pylist()]
+        if self.codec_share > 0:
+            # A stream of draws that this objective has no other use for, so that crops and edits stay as they were.
+            lots = Draws(draws.seed, "posterior", draws.positions).generators()
+            latents = torch.tensor(column_to_numpy(rows["latent_mean"]))
+            for index, lot in enumerate(lots):
+                if float(torch.rand((), generator=lot)) < self.codec_share:
+                    decoded = _codec(self.spec_name).decode(latents[index : index + 1])[0]
+                    resampled = torchaudio.functional.resample(decoded, self.sample_rate_hz, SAMPLE_RATE_HZ)
+                    waves[index] = resampled[: len(waves[index])]
+        return waves
 
     def export(self, trainee: Trainee, folder: Path) -> Exported:
         """Calibrate, write the reward, measure the gates that need no policy and write them beside it."""

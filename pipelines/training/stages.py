@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.codec import build_codec
 from models.mmdit import SIZES, SPEC_OF_SIZE
 from models.policy import CONFIG_FILE, KIND
 from models.preference import PreferenceLossConfig
@@ -71,17 +72,25 @@ def train_sf_cavp(
     launching: Launching,
     train_split: str = "train",
     val_split: str = "val",
+    codec_share: float = 0.0,
 ) -> Outcome:
     """Train an SF-CAVP of a named size; leave a calibrated reward and its gates.
 
+    `codec_share` of the sounds go through the codec on their way, as everything does that the reward will rank.
+
     Raises:
-        InputError: the features are missing, or a split is empty.
+        InputError: the features are missing, a split is empty, or the clips have no codec.
     """
     if size not in SF_CAVP_SIZES:
         raise InputError(f"--size {size}: known sizes are {', '.join(SF_CAVP_SIZES)}")
     dataset = Dataset.open(features, FEATURES)
     for split in (train_split, val_split):
         _check_split(dataset, split, features)
+    if codec_share > 0:
+        try:
+            build_codec(dataset.spec.name)
+        except ValueError as error:
+            raise InputError(f"--codec-share {codec_share:g}: {error}; give 0") from error
 
     def body(context: StageContext) -> None:
         start = context.folder.local_path(START)
@@ -91,12 +100,20 @@ def train_sf_cavp(
             features=features,
             size=size,
             sample_rate_hz=dataset.spec.sample_rate_hz,
+            spec_name=dataset.spec.name,
+            codec_share=codec_share,
             train_split=train_split,
             val_split=val_split,
         )
         _train(context, objective, options, launching, {"size": size})
 
-    config = {"size": size, "split": train_split, "val_split": val_split, **options.affecting_bytes()}
+    config = {
+        "size": size,
+        "split": train_split,
+        "val_split": val_split,
+        "codec_share": codec_share,
+        **options.affecting_bytes(),
+    }
     return _stage("train_sf_cavp", config, {"features": dataset.fingerprint}, out, body, launching)
 
 
