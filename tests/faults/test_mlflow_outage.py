@@ -86,7 +86,9 @@ def server(tmp_path, monkeypatch):
     server.start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     yield server
+    died = None if server.process is None else server.process.poll()
     server.kill()
+    assert died is None, f"the server ended by itself or by somebody else's hand, with {died}"
 
 
 def runs_by_name(store):

@@ -86,6 +86,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both(
     assert all(torch.isfinite(value).all() for value in load_weights(tmp_path / "toy.safetensors").values())
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_changes_nothing(features: str, group: WorkerGroup, tmp_path: Path) -> None:
     mark = tmp_path / "killed"
     faulty = ToyObjective(features=features, kill_at=4, kill_file=str(mark))
@@ -98,6 +99,7 @@ def test_a_worker_killed_in_the_middle_changes_nothing(features: str, group: Wor
         assert torch.equal(load_weights(tmp_path / "killed_run" / "toy.safetensors")[name], value)
 
 
+@pytest.mark.slow
 def test_a_defect_is_told_once_and_the_group_goes_on(features: str, group: WorkerGroup, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="KeyError in a training worker: 'a defect in the objective'"):
         _fit(ToyObjective(features=features, defect_at=2), tmp_path / "defect", group)
