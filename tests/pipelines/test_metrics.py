@@ -117,7 +117,10 @@ def test_statistics_know_what_sounds_and_not_when(waves: np.ndarray) -> None:
     statistics = [audio_statistics(measure.picture(w)) for w in waves]
     # The median clip: where a sound is cut by the roll, the cut itself is heard.
     moved = np.median(
-        [np.abs(a - audio_statistics(measure.picture(np.roll(w, 3200)))).max() for a, w in zip(statistics, waves)]
+        [
+            np.abs(a - audio_statistics(measure.picture(np.roll(w, 3200)))).max()
+            for a, w in zip(statistics, waves, strict=True)
+        ]
     )
     assert moved < 0.1 * min(np.abs(own - other).max() for other in statistics[1:])
 
