@@ -59,7 +59,7 @@ class Server:
                 stderr=log,
                 start_new_session=True,
                 cwd=self.folder,
-                env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true"},
+                env={**environment, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )
         deadline = time.monotonic() + START_LIMIT_S
         while True:
@@ -71,7 +71,7 @@ class Server:
                 time.sleep(0.5)
 
     def kill(self) -> None:
-        if self.process is not None:
+        if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
