@@ -83,8 +83,9 @@ def steps(options: Options) -> list[Step]:
     for k in range(options.rounds):
         models[f"m{k + 1}"] = f"{out}/rpo/round_{k}/policy"
     models[f"control{options.rounds}"] = f"{out}/rpo/round_{options.rounds - 1}/control"
-    shown = ["ground_truth", "inverted", *models]
-    labels = ["real", "real, inverted", *(_label(name) for name in models)]
+    # M_0 first: it is what the others are compared with.
+    shown = [*models, "ground_truth", "inverted"]
+    labels = [*(_label(name) for name in models), "real", "real, inverted"]
     return [
         step("world", "make_demo_world", f"{out}/world", *counts, f"--seed={options.seed}", *workers),
         step("preprocess", "preprocess", features, "--manifest", f"{out}/world/clips.csv", *workers),
@@ -111,7 +112,7 @@ def steps(options: Options) -> list[Step]:
             "report",
             "report",
             f"{out}/report",
-            *("--scores", *(f"{out}/scores/{name}" for name in shown), "--labels", *labels, "--baseline=M_0"),
+            *("--scores", *(f"{out}/scores/{name}" for name in shown), "--labels", *labels),
             *data,
         ),
     ]

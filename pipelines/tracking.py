@@ -72,6 +72,10 @@ class Tracker(Protocol):
         """A sound: the bytes of a wav file, as `audio/<name>.wav`."""
         ...
 
+    def video(self, name: str, mp4: bytes) -> None:
+        """A video with its sound: the bytes of an mp4 file, as `video/<name>.mp4`."""
+        ...
+
     def file(self, path: Path, artifact_path: str = "") -> None:
         """A file as it is now (mp4, HTML ...) under `artifact_path`; missing files are counted, not raised."""
         ...
@@ -132,6 +136,10 @@ class JournalTracker:
         """See `Tracker`."""
         self._journal.keep_bytes(f"audio/{name}.wav", wav)
 
+    def video(self, name: str, mp4: bytes) -> None:
+        """See `Tracker`."""
+        self._journal.keep_bytes(f"video/{name}.mp4", mp4)
+
     def file(self, path: Path, artifact_path: str = "") -> None:
         """See `Tracker`."""
         self._journal.keep_file(f"{artifact_path}/{path.name}", path)
@@ -189,6 +197,9 @@ class SilentTracker:
         """Nothing."""
 
     def audio(self, name: str, wav: bytes) -> None:
+        """Nothing."""
+
+    def video(self, name: str, mp4: bytes) -> None:
         """Nothing."""
 
     def file(self, path: Path, artifact_path: str = "") -> None:
