@@ -99,7 +99,11 @@ def steps(options: Options) -> list[Step]:
         ),
         scores("ground_truth", "--subject=ground_truth"),
         scores("inverted", "--subject=inverted"),
-        *(scores(name, "--policy", place, "--num-candidates=5") for name, place in models.items()),
+        # Five candidates for the Best-of-N curve of M_0; two are enough for the diversity of the others.
+        *(
+            scores(name, "--policy", place, f"--num-candidates={5 if name == 'm0' else 2}")
+            for name, place in models.items()
+        ),
         scores("shuffled", "--policy", m0, "--subject=shuffled"),
         step(
             "check_reward",

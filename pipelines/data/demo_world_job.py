@@ -13,7 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from pipelines.cluster import connect
+from pipelines.cluster import cluster_cpus, connect
 from pipelines.data.demo_world import (
     CAPTION,
     DURATION_S,
@@ -28,13 +28,14 @@ from pipelines.data.media import probe
 from pipelines.data.media_write import write_mp4
 from pipelines.data.storage import Folder, open_folder
 from pipelines.data.store import files_manifest
+from pipelines.data.units import actor_cpus
 from pipelines.errors import EnvironmentFailed, InputError, MediaError
 from pipelines.progress import Progress
 from pipelines.stage import Outcome, StageContext, run_stage
 
 KIND = "demo_world"
 CLIPS_CSV = "clips.csv"
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 """Part of the fingerprint; raised when the same seed and index would give another clip."""
 CLIPS_A_TASK = 32
 
@@ -119,7 +120,9 @@ def _make_on_ray(
     items = [{"group": json.dumps([asdict(plan) for plan in group])} for group in groups]
     source = ray.data.from_items(items, override_num_blocks=len(items))
     receipts = source.flat_map(
-        partial(_make_group, seed=seed, out=folder.uri), compute=TaskPoolStrategy(min(num_workers, len(items)))
+        partial(_make_group, seed=seed, out=folder.uri),
+        compute=TaskPoolStrategy(min(num_workers, len(items))),
+        num_cpus=actor_cpus(cluster_cpus(), num_workers),
     )
     for receipt in receipts.iter_rows():
         if receipt["failed"]:

@@ -23,6 +23,8 @@ from pipelines.data.media import open_media
 from pipelines.errors import InputError, MediaError
 
 AUDIO_BITS_PER_S = 64_000
+AUDIO_OPTIONS = {"aac_coder": "fast"}
+"""A third of the time of FFmpeg's default search, at a bit rate where the difference is not heard."""
 VIDEO_OPTIONS = {"preset": "ultrafast", "crf": "18"}
 MAX_PIXELS = 8192 * 8192
 HEVC_APPLE_TAG = "hvc1"
@@ -78,7 +80,9 @@ class _SoundEncoder:
     """AAC in an output container."""
 
     def __init__(self, out: OutputContainer, rate_hz: int) -> None:
-        self._stream = out.add_stream("aac", rate=rate_hz, layout="mono", bit_rate=AUDIO_BITS_PER_S)
+        self._stream = out.add_stream(
+            "aac", rate=rate_hz, layout="mono", bit_rate=AUDIO_BITS_PER_S, options=AUDIO_OPTIONS
+        )
         self._rate_hz = rate_hz
         allowed = self._stream.codec_context.codec.audio_rates or []
         if rate_hz not in allowed:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
 from pipelines.evaluation.bootstrap import Estimate, estimate, micro_f1, resampling_weights, weighted_mean
 from pipelines.evaluation.scores import ClipScores
@@ -33,11 +32,14 @@ def within_clip_correlation(scores: ClipScores) -> np.ndarray:
 
     NaN where it is not defined: fewer than two valid candidates, or one of the two is the same for all of them.
     """
+    # Here, because scipy.stats takes over a second to import and every sampling actor imports this module.
+    from scipy.stats import rankdata
+
     reward, score = scores.candidates["total"], independent_score(scores)
     result = np.full(scores.num_clips, np.nan)
     for i in range(scores.num_clips):
         valid = np.isfinite(reward[i]) & np.isfinite(score[i])
-        a, b = stats.rankdata(reward[i, valid]), stats.rankdata(score[i, valid])
+        a, b = rankdata(reward[i, valid]), rankdata(score[i, valid])
         if len(a) > 1 and a.std() > 0 and b.std() > 0:
             result[i] = np.corrcoef(a, b)[0, 1]
     return result

@@ -31,8 +31,8 @@ from pipelines.preferences.make_pairs import STAGE, PairMaker, PairSettings, Pai
 from pipelines.preferences.pairs import count_outcomes
 from pipelines.preferences.ranking import Ranker
 from pipelines.stage import StageContext, run_stage
+from pipelines.stage_tracking import stage_tracker
 from pipelines.tracking import Tracker
-from pipelines.training.stages import stage_tracker
 
 CHECKPOINT = "checkpoint"
 SUMMARISED = ("drop_reason", "margin", "rewards", "reward_ground_truth")

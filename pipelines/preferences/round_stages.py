@@ -19,9 +19,10 @@ from pipelines.preferences.make_pairs import PairSettings
 from pipelines.preferences.pairs import stable_seed
 from pipelines.preferences.rounds import Objective, RoundCost, launch_manifest, plan_lines, refused_line, run_rounds
 from pipelines.stage import StageContext, plan_stage, run_stage
+from pipelines.stage_tracking import stage_tracker
 from pipelines.tracking import Tracker, open_launch
 from pipelines.training.options import TrainingOptions
-from pipelines.training.stages import Launching, stage_tracker, train_rpo
+from pipelines.training.stages import Launching, train_rpo
 from pipelines.training.workers import WorkerGroup, warm_workers
 
 STAGE = "rpo_rounds"

@@ -25,7 +25,8 @@ from pipelines.data.store import Dataset, files_manifest, open_files
 from pipelines.errors import InputError
 from pipelines.progress import Progress
 from pipelines.stage import Outcome, StageContext, run_stage
-from pipelines.tracking import Tracker, open_tracker
+from pipelines.stage_tracking import stage_tracker
+from pipelines.tracking import Tracker
 from pipelines.training.flow_matching_objective import FlowMatchingObjective, fit_starting_policy
 from pipelines.training.journal import read_journal
 from pipelines.training.launch import fit
@@ -38,16 +39,6 @@ from pipelines.training.workers import WorkerGroup
 
 CHECKPOINT_KIND = "checkpoint"
 START = "start"
-
-
-def stage_tracker(context: StageContext) -> Tracker:
-    """Return the MLflow run of a stage, a child of the launch around it."""
-    return open_tracker(
-        context.out,
-        context.name,
-        params=context.config,
-        tags={"fingerprint": context.fingerprint, **{f"input.{k}": v for k, v in context.inputs.items()}},
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
