@@ -64,6 +64,7 @@ def main(options: Options) -> int:
     from pipelines.evaluation.summary import summarise
     from pipelines.evaluation.tables import plain_text
     from pipelines.preferences.candidates import Sampling
+    from pipelines.stage_tracking import stage_tracker
 
     settings = EvaluationSettings(
         subject=options.subject,
@@ -82,6 +83,7 @@ def main(options: Options) -> int:
         num_gpus=options.gpus_per_worker,
         max_reject_rate=options.max_reject_rate,
         options_yaml=cli.to_yaml("evaluate", options),
+        track=stage_tracker,
     )
     print(plain_text(summarise({options.subject: read_scores(options.out)[0]})), end="")
     return 0

@@ -28,6 +28,8 @@ from pipelines.evaluation.subjects import EvaluationSettings, plan_units
 from pipelines.evaluation.summary import summarise
 from pipelines.preferences.generation import CHECKPOINT, worker_device
 from pipelines.stage import Outcome, StageContext, run_stage
+from pipelines.stage_tracking import untracked
+from pipelines.tracking import Tracker
 
 STAGE = "evaluate"
 
@@ -84,6 +86,7 @@ def evaluate(
     num_gpus: float = 0.0,
     max_reject_rate: float = 0.05,
     options_yaml: str | None = None,
+    track: Callable[[StageContext], Tracker] = untracked,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Write the scores dataset at `out`; killed and called again it goes on where it was.
@@ -99,18 +102,26 @@ def evaluate(
     units = plan_units(features, settings)
 
     def body(context: StageContext) -> None:
-        with connect() if num_workers else nullcontext():
-            run_units(
-                units,
-                factory=MakeWorker(inputs=inputs, settings=settings),
-                contract=SCORES,
-                spec=features.spec,
-                out=context.out,
-                num_workers=num_workers,
-                num_gpus=num_gpus,
-                label=f"{STAGE} {settings.subject}",
-            )
-        context.finish(dataset_manifest(context.folder, SCORES, features.spec))
+        # Here, because sampling actors import this module and have nothing to draw.
+        from pipelines.evaluation.show_scores import show_scores
+
+        with track(context) as tracker:
+            with connect() if num_workers else nullcontext():
+                run_units(
+                    units,
+                    factory=MakeWorker(inputs=inputs, settings=settings),
+                    contract=SCORES,
+                    spec=features.spec,
+                    out=context.out,
+                    num_workers=num_workers,
+                    num_gpus=num_gpus,
+                    label=f"{STAGE} {settings.subject}",
+                )
+            content = dataset_manifest(context.folder, SCORES, features.spec)
+            made = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, SCORES)
+            if made.num_rows():
+                show_scores(tracker, features, made, _clip_scores(made), settings.subject)
+            context.finish(content)
 
     outcome = run_stage(
         name=STAGE,
@@ -157,8 +168,12 @@ def read_scores(location: str) -> tuple[ClipScores, dict[str, Any]]:
     dataset = Dataset.open(location, SCORES)
     if dataset.num_rows() == 0:
         raise InputError(f"{dataset.folder.uri} has no scored clips; look at its rejects")
+    return _clip_scores(dataset), dict(dataset.manifest)
+
+
+def _clip_scores(dataset: Dataset) -> ClipScores:
     columns = [column.name for column in SCORES.columns if column.name != "audio"]
-    return ClipScores.from_table(dataset.read(columns)), dict(dataset.manifest)
+    return ClipScores.from_table(dataset.read(columns))
 
 
 def measures(location: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The two plots of the report as SVG text: how rewards are spread, and reward against the independent score."""
+"""Plots: how rewards are spread, and reward against the independent score."""
 
 import io
 from collections.abc import Mapping
@@ -24,10 +24,15 @@ DRAWING: dict[Any, Any] = {
 
 
 def reward_histogram(scores: Mapping[str, ClipScores]) -> str:
-    """How the reward of the clips is spread, one outline a subject."""
-    known = {label: s.values["reward"][np.isfinite(s.values["reward"])] for label, s in scores.items()}
+    """How the reward of the clips is spread, one outline a subject, as SVG."""
+    return _svg(histogram_of({label: s.values["reward"] for label, s in scores.items()}))
+
+
+def histogram_of(rewards: Mapping[str, np.ndarray]) -> Figure:
+    """How rewards are spread, one outline a name; rewards that are not finite are left out."""
+    known = {label: values[np.isfinite(values)] for label, values in rewards.items()}
     every = np.concatenate([*known.values(), np.zeros(0)])
-    figure, axes = _figure("reward R of each clip", "share of clips")
+    figure, axes = _figure("reward R of each sound", "share of sounds", "Reward; dotted: the mean")
     if len(every):
         edges = np.histogram_bin_edges(every, bins=30)
         for (label, values), colour in zip(known.items(), _colours(len(known)), strict=True):
@@ -36,13 +41,14 @@ def reward_histogram(scores: Mapping[str, ClipScores]) -> str:
             if len(values):
                 axes.axvline(float(values.mean()), color=colour, linewidth=0.9, linestyle=":")
         _legend(figure)
-    return _svg(figure, "Reward by subject; dotted: the mean")
+    return figure
 
 
 def reward_against_score(scores: Mapping[str, ClipScores]) -> str:
     """Reward against the independent score, one dot a clip and subject."""
     by_events = any(s.has_events for s in scores.values())
-    figure, axes = _figure("reward R", "class-aware onset F1 of the clip" if by_events else "minus log-mel distance")
+    score_label = "class-aware onset F1 of the clip" if by_events else "minus log-mel distance"
+    figure, axes = _figure("reward R", score_label, "Each dot is one clip of one subject")
     for (label, subject), colour in zip(scores.items(), _colours(len(scores)), strict=True):
         reward, score = subject.values["reward"], first_candidate_score(subject)
         known = np.isfinite(reward) & np.isfinite(score)
@@ -50,7 +56,7 @@ def reward_against_score(scores: Mapping[str, ClipScores]) -> str:
             axes.scatter(reward[known], score[known], s=9, alpha=0.55, color=colour, linewidths=0, label=_plain(label))
     if axes.collections:
         _legend(figure)
-    return _svg(figure, "Each dot is one clip of one subject")
+    return _svg(figure)
 
 
 def _colours(count: int) -> list[str]:
@@ -66,9 +72,10 @@ def _legend(figure: Figure) -> None:
     figure.legend(frameon=False, loc="outside lower center", ncols=4)
 
 
-def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def _figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:
     with matplotlib.rc_context(DRAWING):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        figure.suptitle(title, fontsize=10, color="#5b6675")
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel(x_label)
@@ -77,10 +84,9 @@ def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg(figure: Figure) -> str:
     """SVG element (without the XML prologue, which does not belong inside HTML)."""
     with matplotlib.rc_context(DRAWING):
-        figure.suptitle(title, fontsize=10, color="#5b6675")
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(
             buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}

@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from pipelines.data.contracts import FEATURES, SCORES
 from pipelines.data.store import Dataset, files_manifest
 from pipelines.errors import InputError
@@ -16,27 +14,14 @@ from pipelines.evaluation.listening_page import Page
 from pipelines.evaluation.plots import reward_against_score, reward_histogram
 from pipelines.evaluation.ranking_quality import BestOfN, best_of_n
 from pipelines.evaluation.scores import ClipScores
+from pipelines.evaluation.shown_clips import SOUND_COLUMNS, TRUTH_COLUMNS, choose_clips, read_clips
 from pipelines.evaluation.summary import Summary, summarise
 from pipelines.evaluation.tables import best_of_n_text, plain_text
-from pipelines.preferences.pairs import stable_seed
 from pipelines.stage import Outcome, StageContext, run_stage
 
 STAGE = "report"
 KIND = "report"
 PAGE, TABLE, SUMMARY = "index.html", "table.txt", "summary.json"
-TRUTH_COLUMNS = ("clip_id", "caption", "events", "frames", "audio", "duration_s")
-SOUND_COLUMNS = (
-    "clip_id",
-    "reward",
-    "offset_s",
-    "invalid_reason",
-    "num_events",
-    "num_detected",
-    "num_matched",
-    "num_class_matched",
-    "mel_distance",
-    "audio",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +78,7 @@ def write_report(
     subjects = [_open(label, place, dataset) for label, place in zip(settings.labels, scores, strict=True)]
     by_label = {subject.label: subject.scores for subject in subjects}
     summary = summarise(by_label, num_resamples=settings.num_resamples)
-    clip_ids = choose_clips(subjects[0].scores.clip_ids, settings)
+    clip_ids = choose_clips(subjects[0].scores.clip_ids, settings.num_clips, settings.clip_ids)
 
     def body(context: StageContext) -> None:
         curves = {
@@ -142,19 +127,6 @@ def _summary_json(summary: Summary, curves: Mapping[str, BestOfN]) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def choose_clips(clip_ids: Sequence[str], settings: ReportSettings) -> list[str]:
-    """The clips to show: those asked for, then by a hash of their id, so that no number decides what is heard.
-
-    Raises:
-        InputError: a clip that was asked for was not scored.
-    """
-    unknown = set(settings.clip_ids) - set(clip_ids)
-    if unknown:
-        raise InputError(f"--clip-ids: {min(unknown)!r} is not among the {len(clip_ids)} scored clips")
-    lots = sorted(clip_ids, key=lambda clip_id: stable_seed("listening page", clip_id))
-    return list(dict.fromkeys([*settings.clip_ids, *lots]))[: max(settings.num_clips, len(settings.clip_ids))]
-
-
 def _page(
     features: Dataset,
     subjects: Sequence[_Subject],
@@ -194,24 +166,3 @@ def _lineage(manifest: Mapping[str, Any]) -> str:
     config = ", ".join(f"{name} {value}" for name, value in manifest["config"].items())
     inputs = ", ".join(f"{role} {fingerprint[:12]}" for role, fingerprint in manifest["inputs"].items())
     return f"{manifest['fingerprint'][:12]}: {config}; from {inputs}"
-
-
-def read_clips(dataset: Dataset, clip_ids: Sequence[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Rows of some clips by id; whole columns are read only of the row groups that hold one of them.
-
-    Raises:
-        InputError: a clip is not in the dataset.
-    """
-    wanted = set(clip_ids)
-    rows: dict[str, dict[str, Any]] = {}
-    for part in dataset.parts:
-        for index in range(len(part.row_groups)):
-            here = wanted.intersection(dataset.read_row_group(part, index, ["clip_id"])["clip_id"].to_pylist())
-            if here:
-                table = dataset.read_row_group(part, index, columns)
-                chosen = pa.array([clip_id in here for clip_id in table["clip_id"].to_pylist()])
-                rows |= {row["clip_id"]: row for row in table.filter(chosen).to_pylist()}
-    lost = wanted - set(rows)
-    if lost:
-        raise InputError(f"{dataset.folder.uri} has no clip {min(lost)!r}; its scores were made from other features")
-    return rows

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -20,7 +21,7 @@ from models import reward as rewards
 from models.codec import build_codec
 from models.policy import Policy
 from models.reward import Reward
-from models.spec import SPECS
+from models.spec import SPECS, ClipSpec
 from models.weights import load_config
 from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, PAIRS
@@ -120,12 +121,8 @@ def generate_pairs(
                     num_gpus=num_gpus,
                     label=STAGE,
                 )
-            content = dataset_manifest(context.folder, PAIRS, features.spec)
-            table = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, PAIRS).read(SUMMARISED)
-            outcomes = _outcomes(table, content, units)
-            means = reward_summary(table)
-            tracker.metrics(settings.round_index, {**outcomes, **means})
-            context.finish({**content, "outcomes": outcomes, "rewards": means, "reward_saw_clips": reward_saw_clips})
+            content = _summarised(context, features.spec, units, tracker)
+            context.finish({**content, "reward_saw_clips": reward_saw_clips})
 
     run_stage(
         name=STAGE,
@@ -208,6 +205,27 @@ def reward_summary(table: pa.Table) -> dict[str, float]:
         "ground_truth_above_max": [float(truth > max(totals)) for truth, totals in both],
     }
     return {name: statistics.fmean(column) for name, column in values.items() if column}
+
+
+def _summarised(context: StageContext, spec: ClipSpec, units: list[Unit], tracker: Tracker) -> dict[str, Any]:
+    """The dataset's manifest with what became of the clips and what the reward says of them; shown in MLflow too."""
+    # Here, because sampling actors import this module and have nothing to draw.
+    from pipelines.evaluation.plots import histogram_of
+
+    content = dataset_manifest(context.folder, PAIRS, spec)
+    table = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, PAIRS).read(SUMMARISED)
+    outcomes = _outcomes(table, content, units)
+    means = reward_summary(table)
+    tracker.metrics(context.config["round_index"], {**outcomes, **means})
+    tracker.image("reward_histogram", histogram_of(_rewards(table)))
+    return {**content, "outcomes": outcomes, "rewards": means}
+
+
+def _rewards(table: pa.Table) -> dict[str, np.ndarray]:
+    """The valid rewards of real sounds and of candidates, as flat arrays."""
+    truths = [entry["total"] for entry in table["reward_ground_truth"].to_pylist() if entry is not None]
+    candidates = [entry["total"] for row in table["rewards"].to_pylist() for entry in row if entry is not None]
+    return {"real sound": np.array(truths, float), "candidates": np.array(candidates, float)}
 
 
 def _outcomes(table: pa.Table, content: dict[str, Any], units: list[Unit]) -> dict[str, int]:

@@ -164,6 +164,7 @@ class PipelineStages:
             num_workers=self._resources.num_workers,
             num_gpus=self._resources.num_gpus,
             max_reject_rate=self._resources.max_reject_rate,
+            track=self._resources.track_stage,
             say=self._say,
         )
 

@@ -1,11 +1,16 @@
 """Evaluation: the same question for every model, measures that agree with known answers, and a stage that resumes."""
 
+import io
 import math
+import wave as wave_file
+from collections.abc import Mapping
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models.policy import Policy
 from models.spec import SPECS
@@ -15,8 +20,10 @@ from pipelines.data.media_write import decode_flac
 from pipelines.data.store import Dataset
 from pipelines.errors import InputError, Refused
 from pipelines.evaluation.evaluate import EvaluationInputs, evaluate, measures, read_scores
+from pipelines.evaluation.show_scores import SHOWN_CLIPS
 from pipelines.evaluation.subjects import EvaluationSettings, Subject
 from pipelines.preferences.candidates import Sampling
+from pipelines.tracking import Figure, SilentTracker
 from tests.demo_factory import (
     demo_row,
     write_checkpoint,
@@ -208,3 +215,59 @@ def test_a_missing_reward_and_a_missing_split_are_named(inputs: EvaluationInputs
             out=str(tmp_path / "out"),
             num_workers=0,
         )
+
+
+class Seen(SilentTracker):
+    """A tracker that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.images: dict[str, bytes] = {}
+        self.sounds: dict[str, bytes] = {}
+        self.videos: dict[str, bytes] = {}
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.values |= values
+
+    def image(self, name: str, image: bytes | Figure) -> None:
+        if not isinstance(image, bytes):
+            sink = io.BytesIO()
+            image.savefig(sink, format="png")
+            image = sink.getvalue()
+        self.images[name] = image
+
+    def audio(self, name: str, wav: bytes) -> None:
+        self.sounds[name] = wav
+
+    def video(self, name: str, mp4: bytes) -> None:
+        self.videos[name] = mp4
+
+
+def test_its_run_shows_numbers_pictures_sounds_and_videos_of_what_was_scored(
+    inputs: EvaluationInputs, tmp_path: Path
+) -> None:
+    seen = Seen()
+    settings = EvaluationSettings(
+        subject="policy",
+        split="test",
+        seed=0,
+        num_candidates=2,
+        sampling=Sampling(num_steps=2, guidance=1.0),
+        max_clips=4,
+    )
+    out = str(tmp_path / "scores")
+    evaluate(inputs, settings, out=out, num_workers=0, track=lambda context: seen, say=lambda line: None)
+    assert seen.values == measures(out)
+    rows = {row["clip_id"]: row for row in Dataset.open(out, SCORES).read(["clip_id", "audio"]).to_pylist()}
+    assert len(seen.sounds) == len(seen.videos) == SHOWN_CLIPS
+    assert len(seen.images) == 2 * SHOWN_CLIPS + 1
+    for picture in seen.images.values():
+        assert np.asarray(Image.open(io.BytesIO(picture)).convert("L")).std() > 1, "the picture is blank"
+    for name, wav in seen.sounds.items():
+        stored = decode_flac(rows[name.removesuffix("_policy")]["audio"])
+        with wave_file.open(io.BytesIO(wav)) as sound:
+            samples = np.frombuffer(sound.readframes(sound.getnframes()), np.int16)
+        np.testing.assert_array_equal(samples, np.rint(stored * 32768))
+    for mp4 in seen.videos.values():
+        with av.open(io.BytesIO(mp4)) as video:
+            assert [stream.type for stream in video.streams] == ["video", "audio"]

@@ -15,7 +15,8 @@ from pipelines.data.store import open_files
 from pipelines.errors import ContractError, InputError
 from pipelines.evaluation.cards import enlarge
 from pipelines.evaluation.evaluate import EvaluationInputs, evaluate, measures
-from pipelines.evaluation.report import KIND, ReportSettings, choose_clips, write_report
+from pipelines.evaluation.report import KIND, ReportSettings, write_report
+from pipelines.evaluation.shown_clips import choose_clips
 from pipelines.evaluation.spectrogram import BANDS, mel_decibels, spectrogram_png
 from pipelines.evaluation.subjects import EvaluationSettings, Subject
 from pipelines.preferences.candidates import Sampling
@@ -172,14 +173,14 @@ def test_the_same_report_again_is_skipped_and_a_fresh_one_has_the_same_bytes(
 
 def test_clips_are_chosen_by_their_id_alone_and_those_asked_for_come_first() -> None:
     clip_ids = [f"clip_{i}" for i in range(50)]
-    chosen = choose_clips(clip_ids, settings(num_clips=10))
-    assert chosen == choose_clips(clip_ids[::-1], settings(num_clips=10))
+    chosen = choose_clips(clip_ids, 10)
+    assert chosen == choose_clips(clip_ids[::-1], 10)
     assert chosen != clip_ids[:10]
-    asked = choose_clips(clip_ids, settings(num_clips=3, clip_ids=("clip_40", "clip_7")))
+    asked = choose_clips(clip_ids, 3, ("clip_40", "clip_7"))
     assert asked[:2] == ["clip_40", "clip_7"]
     assert len(asked) == 3
     with pytest.raises(InputError, match="clip_99"):
-        choose_clips(clip_ids, settings(clip_ids=("clip_99",)))
+        choose_clips(clip_ids, 2, ("clip_99",))
 
 
 def test_scores_of_other_features_are_refused(scored: dict[str, str], tmp_path: Path) -> None:
