@@ -58,7 +58,8 @@ def test_decoding_is_deterministic_and_does_not_depend_on_the_batch() -> None:
     together = codec.decode(mean)
     torch.manual_seed(2)
     alone = torch.cat([build_codec("tiny").decode(mean[i : i + 1]) for i in range(2)])
-    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+    # A batch is summed in another order on some processors; half a step of 16 bit is less than a file can keep.
+    torch.testing.assert_close(together, alone, atol=1 / 65536, rtol=0)
 
 
 @pytest.mark.parametrize("level", [-50.0, 0.0, 50.0])
