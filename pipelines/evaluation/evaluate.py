@@ -25,7 +25,7 @@ from pipelines.errors import InputError, Refused
 from pipelines.evaluation.measuring import ClipMeasurer, EvaluationWorker
 from pipelines.evaluation.scores import ClipScores
 from pipelines.evaluation.subjects import EvaluationSettings, plan_units
-from pipelines.evaluation.summary import summarise
+from pipelines.evaluation.summary import point_values
 from pipelines.preferences.generation import CHECKPOINT, worker_device
 from pipelines.stage import Outcome, StageContext, run_stage
 from pipelines.stage_tracking import untracked
@@ -178,6 +178,4 @@ def _clip_scores(dataset: Dataset) -> ClipScores:
 
 def measures(location: str) -> dict[str, float]:
     """The value of each metric of a finished evaluation, by name; a metric that it does not have is absent."""
-    scores, _ = read_scores(location)
-    summary = summarise({"subject": scores}, num_resamples=1)
-    return {name: estimate.value for name, estimate in summary.estimates["subject"].items()}
+    return point_values(read_scores(location)[0])

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipelines.data.contracts import FEATURES, PAIRS, SCORES, Contract, column_to_numpy
 from pipelines.data.store import Dataset
 from pipelines.errors import InputError
+from pipelines.evaluation.shown_clips import row_groups_with
 
 HEAD = """# One clip, after every stage
 
@@ -59,11 +60,8 @@ def read_row(dataset: Dataset, contract: Contract, clip_id: str) -> pa.Table:
         InputError: the dataset has no such clip.
     """
     names = [column.name for column in contract.columns]
-    for part in dataset.parts:
-        for group in range(len(part.row_groups)):
-            ids = dataset.read_row_group(part, group, ["clip_id"])["clip_id"].to_pylist()
-            if clip_id in ids:
-                return dataset.read_row_group(part, group, names).slice(ids.index(clip_id), 1)
+    for part, index, clip_ids in row_groups_with(dataset, {clip_id}):
+        return dataset.read_row_group(part, index, names).slice(clip_ids.index(clip_id), 1)
     raise InputError(f"{dataset.folder.uri} has no clip {clip_id!r}")
 
 

@@ -6,7 +6,7 @@ from pipelines.evaluation.cards import ClipMedia, Sound, page_clip
 from pipelines.evaluation.plots import histogram_of
 from pipelines.evaluation.scores import ClipScores
 from pipelines.evaluation.shown_clips import SOUND_COLUMNS, TRUTH_COLUMNS, choose_clips, read_clips
-from pipelines.evaluation.summary import summarise
+from pipelines.evaluation.summary import point_values
 from pipelines.tracking import Tracker
 
 SHOWN_CLIPS = 3
@@ -17,17 +17,14 @@ def show_scores(tracker: Tracker, features: Dataset, scores: Dataset, values: Cl
 
     The clips are those of the listening page, so that runs can be compared side by side.
     """
-    summary = summarise({subject: values}, num_resamples=1)
-    tracker.metrics(0, {name: estimate.value for name, estimate in summary.estimates[subject].items()})
+    tracker.metrics(0, point_values(values))
     tracker.image("reward_histogram", histogram_of({subject: values.values["reward"]}))
     clip_ids = choose_clips(values.clip_ids, SHOWN_CLIPS)
     truths = read_clips(features, clip_ids, TRUTH_COLUMNS)
     rows = read_clips(scores, clip_ids, SOUND_COLUMNS)
     rate_hz = features.spec.sample_rate_hz
     for clip_id in clip_ids:
-        media = ClipMedia(
-            row=truths[clip_id], sample_rate_hz=rate_hz, frame_rate_hz=round(features.spec.frames_rate_hz)
-        )
+        media = ClipMedia(row=truths[clip_id], sample_rate_hz=rate_hz, frame_rate_hz=features.spec.frames_rate_hz)
         shown = page_clip(media, [Sound(label=subject, row=rows[clip_id], is_truth=False)])
         real, made = shown.sounds
         tracker.image(f"{clip_id}_real", real.spectrogram_png)

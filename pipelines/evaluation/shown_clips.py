@@ -1,11 +1,11 @@
 """Which clips people look at and listen to, and their rows."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from pipelines.data.store import Dataset
+from pipelines.data.store import Dataset, Part
 from pipelines.errors import InputError
 from pipelines.preferences.pairs import stable_seed
 
@@ -45,14 +45,20 @@ def read_clips(dataset: Dataset, clip_ids: Sequence[str], columns: Sequence[str]
     """
     wanted = set(clip_ids)
     rows: dict[str, dict[str, Any]] = {}
-    for part in dataset.parts:
-        for index in range(len(part.row_groups)):
-            here = wanted.intersection(dataset.read_row_group(part, index, ["clip_id"])["clip_id"].to_pylist())
-            if here:
-                table = dataset.read_row_group(part, index, columns)
-                chosen = pa.array([clip_id in here for clip_id in table["clip_id"].to_pylist()])
-                rows |= {row["clip_id"]: row for row in table.filter(chosen).to_pylist()}
+    for part, index, here in row_groups_with(dataset, wanted):
+        table = dataset.read_row_group(part, index, columns)
+        chosen = pa.array([clip_id in wanted for clip_id in here])
+        rows |= {row["clip_id"]: row for row in table.filter(chosen).to_pylist()}
     lost = wanted - set(rows)
     if lost:
         raise InputError(f"{dataset.folder.uri} has no clip {min(lost)!r}; its scores were made from other features")
     return rows
+
+
+def row_groups_with(dataset: Dataset, clip_ids: Collection[str]) -> Iterator[tuple[Part, int, list[str]]]:
+    """Part, index and all clip ids of every row group that holds one of `clip_ids`; only the ids are read."""
+    for part in dataset.parts:
+        for index in range(len(part.row_groups)):
+            here = dataset.read_row_group(part, index, ["clip_id"])["clip_id"].to_pylist()
+            if any(clip_id in clip_ids for clip_id in here):
+                yield part, index, here

@@ -256,3 +256,9 @@ def _paired(
             weights = weights * known
             return metric.of(subject, weights) - metric.of(base, weights)
     return subject_values - base_values
+
+
+def point_values(scores: ClipScores) -> dict[str, float]:
+    """The value of each metric of one subject, by name and without interval; a metric it does not have is absent."""
+    estimates = summarise({"subject": scores}, num_resamples=1).estimates["subject"]
+    return {name: estimate.value for name, estimate in estimates.items()}
