@@ -16,6 +16,7 @@ from pipelines.cluster import connect
 from pipelines.data.demo_world_job import CLIPS_CSV, make_demo_world
 from pipelines.data.manifest import read_entries
 from pipelines.data.preprocess import PreprocessSettings, preprocess
+from pipelines.data.units import Pool
 
 
 def decode_only(path: str) -> int:
@@ -57,7 +58,7 @@ def main() -> None:
                 entries,
                 PreprocessSettings(spec="tiny", encoders="grids"),
                 out=f"{scratch}/features_{workers}",
-                num_workers=workers,
+                pool=Pool(num_workers=workers),
             )
             seconds = time.perf_counter() - started
             rate = dataset.manifest["counts"]["in"] / seconds

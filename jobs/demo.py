@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pipelines.training.workers import WorkerGroup
 
 SECONDS = "seconds.json"
+IN_THE_GROUP = ("train_sf_cavp", "train_mmdit", "rpo_rounds", "evaluate")
+"""Jobs that work in the launch's warm workers; the others read and write media, on Ray Data or in this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +143,9 @@ def main(options: Options) -> int:
                 for step in todo:
                     _run(step, options, group)
         summary = demo_summary(options.out, rounds=options.rounds, seconds=_seconds(options))
-        (Path(options.out) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        launch.file(Path(options.out) / "summary.json")
-        launch.file(Path(options.out) / "report" / "index.html", "listening_page")
+        text = json.dumps(summary, indent=1) + "\n"
+        (Path(options.out) / "summary.json").write_text(text, encoding="utf-8")
+        launch.document("summary.json", text.encode())
     print(demo_table(summary))
     print(f"{time.monotonic() - started:.0f} s this time; all numbers: {options.out}/summary.json")
     print(f"listen: {options.out}/report/index.html")
@@ -159,7 +161,7 @@ def _run(step: Step, options: Options, group: "WorkerGroup") -> None:
     started = time.monotonic()
     parsed = cli.parse(step.job, module.Options, command)
     run: Callable[..., int] = module.main
-    code = run(parsed, group) if step.job in ("train_sf_cavp", "train_mmdit", "rpo_rounds") else run(parsed)
+    code = run(parsed, group) if step.job in IN_THE_GROUP else run(parsed)
     if code:
         sys.exit(code)
     if not was_done:

@@ -22,7 +22,7 @@ def main(options: Options) -> int:
     """Print a line a check; 0 when none fails, else 3."""
     from pipelines.errors import EXIT_DONE, EXIT_ENVIRONMENT, EnvironmentFailed, InputError
     from pipelines.health import all_checks
-    from pipelines.tracking import default_store, ship_below
+    from pipelines.tracking_shipper import default_store, ship_below
 
     if options.ship is not None:
         if not Path(options.ship).is_dir():

@@ -1,9 +1,12 @@
 """Scores of one model, or of a control, on one split: features + checkpoint + reward -> scores."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jobs import cli
+
+if TYPE_CHECKING:
+    from pipelines.training.workers import WorkerGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +60,14 @@ class Options:
         cli.require(self.num_workers >= 0 and self.gpus_per_worker >= 0, "--num-workers and --gpus-per-worker: from 0")
 
 
-def main(options: Options) -> int:
-    """Run the stage and print its table."""
+def main(options: Options, group: "WorkerGroup | None" = None) -> int:
+    """Run the stage, in `group` if there is one, and print its table."""
+    from pipelines.data.units import Pool
     from pipelines.evaluation.evaluate import EvaluationInputs, evaluate, read_scores
     from pipelines.evaluation.subjects import EvaluationSettings
     from pipelines.evaluation.summary import summarise
     from pipelines.evaluation.tables import plain_text
     from pipelines.preferences.candidates import Sampling
-    from pipelines.stage_tracking import stage_tracker
 
     settings = EvaluationSettings(
         subject=options.subject,
@@ -79,11 +82,9 @@ def main(options: Options) -> int:
         inputs,
         settings,
         out=options.out,
-        num_workers=options.num_workers,
-        num_gpus=options.gpus_per_worker,
+        pool=Pool(num_workers=options.num_workers, num_gpus=options.gpus_per_worker, group=group),
         max_reject_rate=options.max_reject_rate,
         options_yaml=cli.to_yaml("evaluate", options),
-        track=stage_tracker,
     )
     print(plain_text(summarise({options.subject: read_scores(options.out)[0]})), end="")
     return 0

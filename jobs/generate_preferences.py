@@ -53,6 +53,7 @@ class Options:
 
 def main(options: Options) -> int:
     """Run the stage and print what became of the clips."""
+    from pipelines.data.units import Pool
     from pipelines.preferences.candidates import Sampling
     from pipelines.preferences.generation import PairInputs, generate_pairs
     from pipelines.preferences.make_pairs import PairSettings
@@ -71,8 +72,7 @@ def main(options: Options) -> int:
         PairInputs(policy=options.policy, reward=options.reward, features=options.features, split=options.split),
         settings,
         out=options.out,
-        num_workers=options.num_workers,
-        num_gpus=options.gpus_per_worker,
+        pool=Pool(num_workers=options.num_workers, num_gpus=options.gpus_per_worker),
         max_reject_rate=options.max_reject_rate,
         options_yaml=cli.to_yaml("generate_preferences", options),
     )

@@ -52,6 +52,7 @@ def main(options: Options) -> int:
     """Make the dataset; 0 when it is there."""
     from pipelines.data.manifest import list_videos, read_entries
     from pipelines.data.preprocess import PreprocessSettings, preprocess
+    from pipelines.data.units import Pool
 
     if options.manifest is not None:
         entries = read_entries(options.manifest)
@@ -64,13 +65,12 @@ def main(options: Options) -> int:
         hop_s=options.hop_s,
         max_pixels=options.max_pixels,
         timeout_s=options.decode_timeout_s,
-        gpus_per_worker=options.gpus_per_worker,
     )
     dataset = preprocess(
         entries,
         settings,
         out=options.out,
-        num_workers=options.num_workers,
+        pool=Pool(num_workers=options.num_workers, num_gpus=options.gpus_per_worker),
         max_reject_rate=options.max_reject_rate,
         options_yaml=cli.to_yaml("preprocess", options),
     )

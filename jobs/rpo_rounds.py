@@ -97,13 +97,11 @@ class Options(TrainingOptions):
     max_frechet_rise: float = 0.50
     """Gate: the Frechet distance may rise by less than this share."""
     num_workers: int = 2
-    """Sampling actors, and Ray Train workers; 0 works in this process without Ray."""
-    gpus_per_worker: float = 0.0
-    """GPUs that a sampling actor holds; training takes one a worker where the cluster has them."""
+    """Ray Train workers that train and sample, with a GPU each where the cluster has them; 0: this process, no Ray."""
 
 
 def main(options: Options, group: "WorkerGroup | None" = None) -> int:
-    """Run the launch, its trainings in `group` if there is one; or print its plan."""
+    """Run the launch, in `group` if there is one; or print its plan."""
     from pipelines.preferences.generation import PairInputs
     from pipelines.preferences.round_stages import Resources, launch_rounds
 
@@ -113,7 +111,6 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         return _print_plan(options, inputs, settings)
     resources = Resources(
         num_workers=options.num_workers,
-        num_gpus=options.gpus_per_worker,
         max_reject_rate=options.max_reject_rate,
     )
     manifest = launch_rounds(

@@ -21,10 +21,11 @@ from pipelines.crossfade import cross_faded, window_starts
 from pipelines.data.media_write import mux_with_copied_video, picture_duration_s
 from pipelines.data.source import SourceReader
 from pipelines.data.store import open_files
+from pipelines.devices import own_device
 from pipelines.errors import InputError, MediaError
 from pipelines.file_clips import FileClips, FileWindow
 from pipelines.preferences.candidates import Sampling, candidate_seeds, sample_candidates
-from pipelines.preferences.generation import CHECKPOINT, worker_device
+from pipelines.preferences.generation import CHECKPOINT
 from pipelines.preferences.ranking import Ranker
 
 FADE_S = 0.25
@@ -100,7 +101,7 @@ def load_generator(policy: str, reward: str | None, settings: GenerationSettings
     Raises:
         InputError: one is missing or of another kind, or the spec has no codec.
     """
-    device = worker_device()
+    device = own_device()
     try:
         loaded = Policy.load(open_files(policy, CHECKPOINT)[0].local_path(), device)
         judge = None if reward is None else Reward.load(open_files(reward, CHECKPOINT)[0].local_path(), device)

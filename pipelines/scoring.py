@@ -15,9 +15,10 @@ from pipelines.data.sound import resample
 from pipelines.data.source import SourceReader
 from pipelines.data.store import open_files
 from pipelines.data.window import DecodedWindow
+from pipelines.devices import own_device
 from pipelines.errors import InputError, MediaError
 from pipelines.file_clips import FileClips
-from pipelines.preferences.generation import CHECKPOINT, worker_device
+from pipelines.preferences.generation import CHECKPOINT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class FileScore:
 def load_reward(location: str) -> Reward:
     """Load a reward checkpoint; raises InputError where it is missing or another kind."""
     try:
-        return Reward.load(open_files(location, CHECKPOINT)[0].local_path(), worker_device())
+        return Reward.load(open_files(location, CHECKPOINT)[0].local_path(), own_device())
     except ValueError as error:
         raise InputError(f"{location} is not a reward: {error}") from error
 

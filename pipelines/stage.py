@@ -7,19 +7,23 @@
 
 fingerprint = sha256(options that affect the bytes + inputs' fingerprints + contract version); numbers of workers and
 paths are not part of it, so a run can be scaled or moved without being thrown away.
+
+Every stage that has work to do is a run in MLflow, a child of the launch around it (`stage_run`); its body logs to
+`context.tracker`.
 """
 
 import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, Literal
 
 from pipelines.data.storage import Folder, open_folder
 from pipelines.data.store import MANIFEST, STORE_VERSION
 from pipelines.errors import InputError, StageConflict
+from pipelines.tracking import SilentTracker, Tracker, open_tracker
 
 STARTED = "stage.json"
 OWN_NAMES = frozenset({STARTED, "config.yaml", "metrics.jsonl", "journal"})
@@ -44,6 +48,8 @@ class StageContext:
     inputs: Mapping[str, str]
     resumed: bool
     version: int
+    tracker: Tracker = field(default_factory=SilentTracker)
+    """The stage's run in MLflow."""
     _finished: list[bool] = field(default_factory=list)
 
     @property
@@ -77,6 +83,21 @@ class StageContext:
         return manifest
 
 
+def stage_run(context: StageContext) -> Tracker:
+    """The MLflow run of a stage: its options as parameters, its fingerprint and its inputs' as tags."""
+    return open_tracker(context.out, context.name, params=context.config, tags=lineage_tags(context))
+
+
+def lineage_tags(context: StageContext) -> dict[str, str]:
+    """The fingerprint of what a stage makes, and those of its inputs by role."""
+    return {"fingerprint": context.fingerprint, **{f"input.{k}": v for k, v in context.inputs.items()}}
+
+
+def untracked(context: StageContext) -> Tracker:
+    """No MLflow run: for those who call a stage from a notebook or a test."""
+    return SilentTracker()
+
+
 def run_stage(
     *,
     name: str,
@@ -86,6 +107,7 @@ def run_stage(
     body: Callable[[StageContext], None],
     version: int = 1,
     options_yaml: str | None = None,
+    track: Callable[[StageContext], Tracker] = stage_run,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Bring the artifact at `out` to completion and tell with one line how.
@@ -98,6 +120,7 @@ def run_stage(
         body: does the work and ends in `context.finish(...)`; must pick up from what it finds in the folder.
         version: the contract's version.
         options_yaml: the resolved options in preset form, kept as `config.yaml` beside the artifact.
+        track: opens the stage's run; not called for a skipped stage.
         say: where the one line goes.
 
     Raises:
@@ -125,7 +148,8 @@ def run_stage(
         resumed=outcome == "resume",
         version=version,
     )
-    body(context)
+    with track(context) as tracker:
+        body(replace(context, tracker=tracker))
     if not context._finished:
         raise RuntimeError(f"stage {name} returned without a manifest for {folder.uri}")
     say(f"{name}: done, {folder.uri}")

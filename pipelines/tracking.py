@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import sys
 import uuid
 from collections.abc import Mapping
@@ -26,21 +25,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from pipelines.tracking_journal import (
-    Journal,
-    children_of,
-    flatten,
-    load_shipped,
-    num_unshipped,
-    register_child,
-    without_credentials,
-)
+from pipelines.tracking_journal import Journal, flatten, register_child, without_credentials
+from pipelines.tracking_shipper import Shipper, default_store
 
 LAUNCH_VARIABLE = "MULTISOUNDGEN_LAUNCH"
-URI_VARIABLE = "MLFLOW_TRACKING_URI"
-SHIPPER_EXIT_LIMIT_S = 240.0
-"""Longest wait for the shipper at the end of a launch; it gives up by itself well before."""
-PATIENCE_S = 10.0
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -76,8 +64,8 @@ class Tracker(Protocol):
         """A video with its sound: the bytes of an mp4 file, as `video/<name>.mp4`."""
         ...
 
-    def file(self, path: Path, artifact_path: str = "") -> None:
-        """A file as it is now (mp4, HTML ...) under `artifact_path`; missing files are counted, not raised."""
+    def document(self, name: str, content: bytes) -> None:
+        """Anything else, such as an HTML page, under its name."""
         ...
 
     def close(self, status: Status = "FINISHED") -> None:
@@ -110,7 +98,7 @@ def current_launch() -> str | None:
 class JournalTracker:
     """A tracker that writes a journal; with a `Shipper` of its own when it has nobody else to ship for it."""
 
-    def __init__(self, journal: Journal, shipper: "Shipper | None", launch: "Launch | None" = None) -> None:
+    def __init__(self, journal: Journal, shipper: Shipper | None, launch: "Launch | None" = None) -> None:
         self._journal = journal
         self._shipper = shipper
         self._launch = launch
@@ -140,9 +128,9 @@ class JournalTracker:
         """See `Tracker`."""
         self._journal.keep_bytes(f"video/{name}.mp4", mp4)
 
-    def file(self, path: Path, artifact_path: str = "") -> None:
+    def document(self, name: str, content: bytes) -> None:
         """See `Tracker`."""
-        self._journal.keep_file(f"{artifact_path}/{path.name}", path)
+        self._journal.keep_bytes(name, content)
 
     def close(self, status: Status = "FINISHED") -> None:
         """See `Tracker`; a tracker that owns its launch ends that too."""
@@ -171,7 +159,7 @@ class JournalTracker:
 class Launch(JournalTracker):
     """The run of a whole launch; while it is open, trackers become its children."""
 
-    def __init__(self, journal: Journal, shipper: "Shipper", reference: LaunchReference) -> None:
+    def __init__(self, journal: Journal, shipper: Shipper, reference: LaunchReference) -> None:
         super().__init__(journal, shipper)
         self.reference = reference.to_text()
         """Give it as `parent` where no environment is inherited."""
@@ -202,7 +190,7 @@ class SilentTracker:
     def video(self, name: str, mp4: bytes) -> None:
         """Nothing."""
 
-    def file(self, path: Path, artifact_path: str = "") -> None:
+    def document(self, name: str, content: bytes) -> None:
         """Nothing."""
 
     def close(self, status: Status = "FINISHED") -> None:
@@ -277,66 +265,6 @@ def journal_folder(out: str, kind: Literal["launch", "stage"]) -> Path:
     return Path(out) / "journal" / kind
 
 
-def default_store(out: str) -> str:
-    """The tracking URI: `MLFLOW_TRACKING_URI`, else `mlflow.db` in the nearest folder above `out` called `runs`.
-
-    Without such a folder it lies beside `out`; for an object store in this user's cache folder.
-    """
-    given = os.environ.get(URI_VARIABLE)
-    if given:
-        return given
-    if "://" in out:
-        return f"sqlite:///{Path.home() / '.cache' / 'multisoundgen' / 'mlflow.db'}"
-    path = Path(out).absolute()
-    place = next((parent for parent in path.parents if parent.name == "runs"), path.parent)
-    return f"sqlite:///{place / 'mlflow.db'}"
-
-
-def ship_below(folder: Path) -> bool:
-    """Ship every journal below a folder once, now; returns whether all of them are whole in their store."""
-    process = _start_shipper("replay", folder, store=default_store(str(folder / "journal")))
-    return process.wait() == 0
-
-
-class Shipper:
-    """The background process that ships a launch's journals."""
-
-    def __init__(self, folder: Path, store: str) -> None:
-        self._folder = folder
-        self._store = store
-        self._process = _start_shipper("launch", folder, store=store, parent_pid=os.getpid())
-
-    def finish(self) -> None:
-        """Wait until all is shipped or the shipper gives up, then tell people in a line where it is."""
-        try:
-            self._process.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            sys.stderr.write(f"tracking: still shipping to {without_credentials(self._store)} ...\n")
-            try:
-                self._process.wait(SHIPPER_EXIT_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        sys.stderr.write(self.summary() + "\n")
-
-    def summary(self) -> str:
-        """One line: where the runs are, or how much is still unshipped, why, and what to do."""
-        journals = [self._folder, *children_of(self._folder)]
-        waiting = sum(num_unshipped(journal, self._store) for journal in journals)
-        states = [load_shipped(journal, self._store) for journal in journals]
-        shown = without_credentials(self._store)
-        refused = sum(state.refused for state in states)
-        note = f"; {refused} records were refused as invalid, see {self._folder}/ship.log" if refused else ""
-        if waiting:
-            reason = next((state.error for state in states if state.error), "the shipper did not get to it")
-            return (
-                f"tracking: {waiting} records could not be shipped to {shown} ({reason}); nothing is lost, they are in "
-                f"{self._folder}: run `python jobs/doctor.py --ship {self._folder.parent.parent}` when it is back{note}"
-            )
-        look = f"; look with: mlflow ui --backend-store-uri {shown}" if shown.startswith("sqlite:") else ""
-        return f"tracking: all records are in {shown}{look}{note}"
-
-
 def _own_launch(out: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> Launch:
     store = default_store(out)
     if store.startswith("sqlite:///"):
@@ -377,32 +305,7 @@ def _open_journal(
     return journal, journal_id
 
 
-def _start_shipper(mode: str, folder: Path, *, store: str, parent_pid: int = 0) -> subprocess.Popen[bytes]:
-    """Start `pipelines.tracking_ship`; the store's URI goes through the environment, since it may hold a password."""
-    root = str(Path(__file__).resolve().parents[1])
-    search = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
-    environment = {**os.environ, "PYTHONPATH": search, URI_VARIABLE: os.environ.get(URI_VARIABLE) or store}
-    command = [sys.executable, "-m", "pipelines.tracking_ship", mode, str(folder), str(parent_pid)]
-    if mode == "replay":
-        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-    with (folder / "ship.log").open("ab") as log:
-        return subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-
-
 def _status_of(kind: type | None) -> Status:
     if kind is None:
         return "FINISHED"
     return "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
-
-
-__all__ = [
-    "SilentTracker",
-    "Tracker",
-    "current_launch",
-    "default_store",
-    "open_launch",
-    "open_tracker",
-    "ship_below",
-]

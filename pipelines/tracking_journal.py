@@ -10,10 +10,9 @@ import json
 import math
 import os
 import re
-import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,19 +171,12 @@ class Journal:
 
     def keep_bytes(self, artifact: str, content: bytes) -> None:
         """Keep `content` and record it as the run's artifact of that path."""
-        self._keep(artifact, lambda stored: stored.write_bytes(content))
-
-    def keep_file(self, artifact: str, path: Path) -> None:
-        """Keep a copy of the file as it is now and record it as the run's artifact of that path."""
-        self._keep(artifact, lambda stored: shutil.copyfile(path, stored))
-
-    def _keep(self, artifact: str, store: Callable[[Path], object]) -> None:
         artifact = clean_path(artifact)
         stored = f"{uuid.uuid4().hex}/{Path(artifact).name}"
         place = self.folder / ARTIFACTS / stored
         try:
             place.parent.mkdir()
-            store(place)
+            place.write_bytes(content)
         except OSError as error:
             # As for records: a full disk must cost no training step.
             self.append("lost", artifact=artifact, error=str(error))

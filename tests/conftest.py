@@ -19,6 +19,18 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A launch around all tests and the jobs they start, whose runs nobody ships: MLflow is met where it is tested."""
+    from pipelines.tracking import LAUNCH_VARIABLE, LaunchReference
+
+    folder = tmp_path_factory.mktemp("launch")
+    reference = LaunchReference(journal_id="tests", folder=str(folder), store="sqlite:///unused.db").to_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(LAUNCH_VARIABLE, reference)
+        yield reference
+
+
 @pytest.fixture
 def fixtures() -> Path:
     """Folder of the small committed fixtures."""

@@ -22,7 +22,6 @@ from pipelines.data.media_write import encode_flac
 from pipelines.data.preprocess import encode_jpeg
 from pipelines.data.store import Dataset, files_manifest
 from pipelines.stage import StageContext, run_stage
-from pipelines.tracking import LaunchReference
 from tests.feature_factory import TINY, write_dataset
 
 WORLD_SEED = 7
@@ -112,9 +111,3 @@ def write_reward(out: Path, features: Path, split: str = "val", seed: int = 0) -
         say=lambda line: None,
     )
     return out
-
-
-def launch_without_shipper(folder: Path) -> str:
-    """A launch reference: trackers write their journals and nobody ships them; give it as `MULTISOUNDGEN_LAUNCH`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return LaunchReference(journal_id="tests", folder=str(folder), store="sqlite:///unused.db").to_text()

@@ -70,6 +70,7 @@ def make_demo_world(
         context.folder.write_bytes(CLIPS_CSV, _manifest_csv(plans, events).encode())
         names = [CLIPS_CSV, *(_name(plan.clip_id) for plan in plans)]
         content = {"kind": KIND, "files": files_manifest(context.folder, names), "counts": dict(counts)}
+        context.tracker.metrics(0, {f"clips/{split}": count for split, count in counts.items()})
         context.finish(content)
 
     return run_stage(

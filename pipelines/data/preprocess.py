@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -23,7 +24,6 @@ from PIL import Image
 from models.codec import build_codec
 from models.encoders import VideoGrid, build_encoders
 from models.spec import SPECS, ClipSpec
-from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, REJECTS, table_from_rows
 from pipelines.data.decoding import MAX_ATTEMPTS, RETRIED_REASONS, DecodeLimits, Decoder
 from pipelines.data.manifest import Entries, plan_windows
@@ -31,8 +31,9 @@ from pipelines.data.media_write import encode_flac
 from pipelines.data.sound import wave_of
 from pipelines.data.source import LocalMedia, SourceReader
 from pipelines.data.store import Dataset, dataset_manifest
-from pipelines.data.units import Unit, cut_units, run_units
+from pipelines.data.units import Pool, Unit, cut_units, run_units
 from pipelines.data.window import DecodedWindow, FrameGrid, WindowRequest
+from pipelines.devices import own_device
 from pipelines.errors import InputError, MediaError, Refused
 from pipelines.stage import StageContext, run_stage
 
@@ -53,7 +54,6 @@ class PreprocessSettings:
     max_pixels: int = 4096 * 2304
     timeout_s: float = 60.0
     """Of one clip's decoding; not part of the fingerprint, like all that depends on the machine."""
-    gpus_per_worker: float = 0.0
 
     def __post_init__(self) -> None:
         if self.spec not in SPECS:
@@ -63,11 +63,6 @@ class PreprocessSettings:
     def clip_spec(self) -> ClipSpec:
         """The shapes of the rows."""
         return SPECS[self.spec]
-
-    @property
-    def device(self) -> str:
-        """Where the encoders run."""
-        return "cuda" if self.gpus_per_worker > 0 else "cpu"
 
     def fingerprinted(self) -> dict[str, Any]:
         """The settings that affect the bytes."""
@@ -86,7 +81,7 @@ def preprocess(
     settings: PreprocessSettings,
     *,
     out: str,
-    num_workers: int,
+    pool: Pool,
     max_reject_rate: float = 0.05,
     options_yaml: str | None = None,
 ) -> Dataset:
@@ -96,7 +91,7 @@ def preprocess(
         entries: what to process.
         settings: how.
         out: the artifact's folder.
-        num_workers: workers of the pool; 0 works in this process without Ray.
+        pool: who does it.
         max_reject_rate: rejected / all, `missing` not counted, above which the finished dataset is refused.
         options_yaml: kept as `config.yaml` beside the artifact.
 
@@ -110,7 +105,7 @@ def preprocess(
         config=settings.fingerprinted(),
         inputs={"manifest": entries.fingerprint},
         out=out,
-        body=partial(_run, entries=entries, settings=settings, num_workers=num_workers),
+        body=partial(_run, entries=entries, settings=settings, pool=pool),
         version=FEATURES.version,
         options_yaml=options_yaml,
     )
@@ -128,8 +123,8 @@ def _check_parts_exist(settings: PreprocessSettings) -> None:
         raise InputError(f"--spec {settings.spec} --encoders {settings.encoders}: {error}") from error
 
 
-def _run(context: StageContext, *, entries: Entries, settings: PreprocessSettings, num_workers: int) -> None:
-    lengths = measure_lengths(entries, settings, max(num_workers, 1)) if settings.windows == "all" else {}
+def _run(context: StageContext, *, entries: Entries, settings: PreprocessSettings, pool: Pool) -> None:
+    lengths = measure_lengths(entries, settings, max(pool.num_workers, 1)) if settings.windows == "all" else {}
     rows = plan_windows(
         entries.entries,
         clip_s=settings.clip_spec.duration_s,
@@ -138,26 +133,19 @@ def _run(context: StageContext, *, entries: Entries, settings: PreprocessSetting
         length_of=lambda entry: lengths.get(entry.uri),
     )
     units = cut_units([row.as_dict() for row in rows])
-    work = partial(
-        run_units,
-        units,
-        contract=FEATURES,
-        spec=settings.clip_spec,
-        out=context.out,
-        num_workers=num_workers,
-        num_gpus=settings.gpus_per_worker,
-        label="clips",
-    )
-    if num_workers == 0:
-        with closing(ClipWorker(settings)) as worker:
-            work(factory=lambda: worker)
+    work = partial(run_units, units, pool, contract=FEATURES, spec=settings.clip_spec, out=context.out, label="clips")
+    if pool.num_workers == 0:
+        with closing(ClipWorker(settings, own_device())) as worker:
+            work(factory=lambda device: worker)
     else:
-        with connect():
-            work(factory=partial(ClipWorker, settings))
+        work(factory=partial(ClipWorker, settings))
     content = dataset_manifest(context.folder, FEATURES, settings.clip_spec)
     if content["counts"]["in"] != len(rows):
         raise RuntimeError(f"{len(rows)} windows went in, {content['counts']['in']} came out or were rejected")
     content["counts"]["repeated"] = entries.num_repeated
+    made = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, FEATURES)
+    shown = {f"reject/{reason}": count for reason, count in reject_counts(made).items()}
+    context.tracker.metrics(0, {**content["counts"], **{f"clips/{k}": n for k, n in made.splits.items()}, **shown})
     context.finish(content)
 
 
@@ -192,11 +180,9 @@ def refuse_rejects(dataset: Dataset, max_reject_rate: float) -> None:
     Raises:
         Refused: too many were rejected, or no row is left.
     """
-    reasons: dict[str, int] = {}
-    for reason in dataset.read_rejects()["reason"].to_pylist():
-        reasons[reason] = reasons.get(reason, 0) + 1
+    reasons = reject_counts(dataset)
     total, kept = dataset.manifest["counts"]["in"], dataset.manifest["counts"]["out"]
-    listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     rejected = sum(count for reason, count in reasons.items() if reason != "missing")
     if kept == 0:
         raise Refused(f"{dataset.folder.uri}: none of {total} clips could be used ({listed}); see rejects/")
@@ -207,17 +193,20 @@ def refuse_rejects(dataset: Dataset, max_reject_rate: float) -> None:
         )
 
 
+def reject_counts(dataset: Dataset) -> dict[str, int]:
+    """How many clips were rejected, by reason in alphabetical order."""
+    return dict(sorted(Counter(dataset.read_rejects()["reason"].to_pylist()).items()))
+
+
 class ClipWorker:
     """Decodes and encodes the clips of units; lives as long as its actor."""
 
-    def __init__(self, settings: PreprocessSettings) -> None:
-        if settings.device == "cpu":
-            # More threads would sum in another order: rows must not depend on the machine's load.
-            torch.set_num_threads(1)
+    def __init__(self, settings: PreprocessSettings, device: torch.device) -> None:
         self._settings = settings
+        self._device = device
         self._spec = settings.clip_spec
-        self._encoders = build_encoders(settings.encoders, self._spec, settings.device)
-        self._codec = build_codec(settings.spec, settings.device)
+        self._encoders = build_encoders(settings.encoders, self._spec, device)
+        self._codec = build_codec(settings.spec, device)
         self._frames = VideoGrid(
             rate_hz=self._spec.frames_rate_hz,
             size_px=self._spec.frames_px,
@@ -291,7 +280,7 @@ class ClipWorker:
         """Conditions float16 and latents float32 of one clip."""
         try:
             values = self._encoders.encode(frames, caption)
-            mean, std = self._codec.encode(torch.from_numpy(wave)[None].to(self._settings.device))
+            mean, std = self._codec.encode(torch.from_numpy(wave)[None].to(self._device))
         except (ValueError, RuntimeError) as error:
             raise MediaError("encoder_error", f"{type(error).__name__}: {error}") from error
         values = {**values, "latent_mean": mean[0].float().cpu().numpy(), "latent_std": std[0].float().cpu().numpy()}

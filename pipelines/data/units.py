@@ -1,4 +1,6 @@
-"""The one commit map: rows cut into units, units worked on by a Ray Data actor pool, each committed as a part.
+"""The one commit map: rows cut into units, units worked on by a pool of workers, each committed as a part.
+
+The pool is Ray Data's actors; or the workers of a launch that are there already; or this process.
 
 A unit is at most 64 rows of one split with a deterministic id; its part is written under a temporary name and renamed
 to `data/part-<unit id>.parquet`, after its rejects. So a unit is done or not done, whoever died when; a resumed run
@@ -9,18 +11,25 @@ Inside a unit a worker sees one clip a call, which makes the result independent 
 import hashlib
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
+import torch
 
 from models.spec import ClipSpec
+from pipelines.cluster import cluster_cpus, connect
 from pipelines.data.contracts import REJECTS, Contract
 from pipelines.data.storage import Folder, open_folder
 from pipelines.data.store import ROW_GROUP_ROWS, encode_part
+from pipelines.devices import cpu_device, own_device
 from pipelines.errors import ContractError, EnvironmentFailed, InputError, PipelineError, Refused, StageConflict
 from pipelines.progress import Progress
+
+if TYPE_CHECKING:
+    from pipelines.training.workers import WorkerGroup
+    from pipelines.training.world import Report, World
 
 _ERRORS = {e.__name__: e for e in (ContractError, EnvironmentFailed, InputError, Refused, StageConflict)}
 
@@ -41,6 +50,26 @@ class UnitWorker(Protocol):
     def process(self, unit: Unit) -> tuple[pa.Table, pa.Table]:
         """The unit's rows and rejects; together they cover every input row once."""
         ...
+
+
+WorkerFactory = Callable[[torch.device], UnitWorker]
+"""Makes a worker that computes on a device; runs where the work is done, must be picklable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Who works on units; nothing of it affects the rows."""
+
+    num_workers: int
+    """Actors of Ray Data; 0 works in this process without Ray."""
+    num_gpus: float = 0.0
+    """GPUs that an actor holds; 0 computes on the CPU."""
+    group: "WorkerGroup | None" = None
+    """Workers of a launch, which do it in the actors' place."""
+
+
+HERE = Pool(num_workers=0)
+"""This process, without Ray."""
 
 
 def cut_units(rows: Iterable[Mapping[str, Any]], *, key: str = "clip_id", size: int = ROW_GROUP_ROWS) -> list[Unit]:
@@ -88,14 +117,90 @@ def commit_unit(
     folder.write_bytes(f"data/part-{unit.unit_id}.parquet", encode_part(table, contract, spec))
 
 
-class _CommittingActor:
-    """One actor of the pool: makes its worker once, then processes and commits unit after unit."""
+def run_units(
+    units: Sequence[Unit],
+    pool: Pool,
+    *,
+    factory: WorkerFactory,
+    contract: Contract,
+    spec: ClipSpec,
+    out: str,
+    label: str = "units",
+) -> None:
+    """Process every unit that has no part yet; returns when all have one.
 
-    def __init__(self, factory: Callable[[], UnitWorker], out: str, contract: Contract, spec: ClipSpec) -> None:
-        self._worker = factory()
-        self._folder = open_folder(out)
-        self._contract = contract
-        self._spec = spec
+    Args:
+        units: all units of the stage (done ones are skipped).
+        pool: who does it.
+        factory: makes a worker.
+        contract: contract of the parts.
+        spec: clip spec of the parts.
+        out: the artifact's folder.
+        label: what the progress line counts.
+
+    Raises:
+        PipelineError: what a worker raised.
+    """
+    done = done_units(open_folder(out))
+    order = UnitOrder(
+        units=tuple(unit for unit in units if unit.unit_id not in done),
+        factory=factory,
+        contract=contract,
+        spec=spec,
+        out=out,
+    )
+    total = sum(len(unit.rows) for unit in units)
+    with Progress(label=label, total=total, done=total - sum(len(u.rows) for u in order.units)) as progress:
+        if not order.units:
+            return
+        if pool.group is not None:
+            pool.group.run(order, lambda rows, _: progress.advance(rows))
+        elif pool.num_workers > 0:
+            with connect():
+                _run_on_ray_data(order, pool, progress)
+        else:
+            worker = factory(own_device())
+            for unit in order.units:
+                progress.advance(order.commit(worker, unit))
+    left = {unit.unit_id for unit in units} - done_units(open_folder(out))
+    if left:
+        raise RuntimeError(f"{out}: {len(left)} units have no part, {min(left)} among them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitOrder:
+    """Units to be done; an order for a worker group (see `pipelines.training.workers.Order`)."""
+
+    units: tuple[Unit, ...]
+    factory: WorkerFactory
+    contract: Contract
+    spec: ClipSpec
+    out: str
+
+    def run(self, world: "World", report: "Report") -> int | None:
+        """Do every `world.size`-th unit that has no part; on rank 0 the number of units, once all have one."""
+        worker = self.factory(world.device)
+        done = done_units(open_folder(self.out))
+        for unit in self.units[world.rank :: world.size]:
+            if unit.unit_id not in done:
+                report(self.commit(worker, unit), {})
+        world.collect(None)
+        return len(self.units) if world.is_main else None
+
+    def commit(self, worker: UnitWorker, unit: Unit) -> int:
+        """Have one unit done and commit it; returns how many rows it had."""
+        table, rejects = worker.process(unit)
+        commit_unit(open_folder(self.out), unit, table, rejects, self.contract, self.spec)
+        return len(unit.rows)
+
+
+class _CommittingActor:
+    """One actor of Ray Data's pool: makes its worker once, then processes and commits unit after unit."""
+
+    def __init__(self, order: UnitOrder, on_gpu: bool) -> None:
+        # What Ray assigned and not what the machine has: an actor without a GPU may still see those of others.
+        self._worker = order.factory(own_device() if on_gpu else cpu_device())
+        self._order = order
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         receipts = [self._commit(pickle.loads(encoded)) for encoded in batch["unit"]]
@@ -103,108 +208,34 @@ class _CommittingActor:
 
     def _commit(self, unit: Unit) -> dict[str, Any]:
         try:
-            table, rejects = self._worker.process(unit)
-            commit_unit(self._folder, unit, table, rejects, self._contract, self._spec)
+            return {"rows": self._order.commit(self._worker, unit), "error": "", "what": ""}
         except PipelineError as error:
             # Travels as data: Ray's wrapping of exceptions would lose the type, and with it the exit code.
-            return {"unit_id": unit.unit_id, "rows": 0, "rejects": 0, "error": type(error).__name__, "what": str(error)}
-        return {
-            "unit_id": unit.unit_id,
-            "rows": table.num_rows,
-            "rejects": rejects.num_rows,
-            "error": "",
-            "what": "",
-        }
+            return {"rows": 0, "error": type(error).__name__, "what": str(error)}
 
 
-def run_units(
-    units: Sequence[Unit],
-    *,
-    factory: Callable[[], UnitWorker],
-    contract: Contract,
-    spec: ClipSpec,
-    out: str,
-    num_workers: int,
-    num_gpus: float = 0.0,
-    label: str = "units",
-) -> None:
-    """Process every unit that has no part yet; returns when all have one.
-
-    Args:
-        units: all units of the stage (done ones are skipped).
-        factory: makes a worker; runs inside each actor, must be picklable.
-        contract: contract of the parts.
-        spec: clip spec of the parts.
-        out: the artifact's folder.
-        num_workers: actors; 0 works in this process without Ray.
-        num_gpus: GPUs an actor holds.
-        label: what the progress line counts.
-
-    Raises:
-        PipelineError: what a worker raised.
-    """
-    folder = open_folder(out)
-    done = done_units(folder)
-    todo = [unit for unit in units if unit.unit_id not in done]
-    total = sum(len(unit.rows) for unit in units)
-    with Progress(label=label, total=total, done=total - sum(len(u.rows) for u in todo)) as progress:
-        if not todo:
-            return
-        receipts = (
-            _run_here(todo, factory, contract, spec, folder)
-            if num_workers == 0
-            else _run_on_ray(todo, factory, contract, spec, out, num_workers, num_gpus)
-        )
-        received = set()
-        for receipt in receipts:
-            received.add(receipt["unit_id"])
-            progress.advance(int(receipt["rows"]) + int(receipt["rejects"]))
-    lost = [unit.unit_id for unit in todo if unit.unit_id not in received]
-    if lost:
-        raise RuntimeError(f"{len(lost)} units gave no receipt, {lost[0]} among them")
-
-
-def _run_here(
-    todo: Sequence[Unit], factory: Callable[[], UnitWorker], contract: Contract, spec: ClipSpec, folder: Folder
-) -> Iterator[dict[str, Any]]:
-    worker = factory()
-    for unit in todo:
-        table, rejects = worker.process(unit)
-        commit_unit(folder, unit, table, rejects, contract, spec)
-        yield {"unit_id": unit.unit_id, "rows": table.num_rows, "rejects": rejects.num_rows}
-
-
-def _run_on_ray(
-    todo: Sequence[Unit],
-    factory: Callable[[], UnitWorker],
-    contract: Contract,
-    spec: ClipSpec,
-    out: str,
-    num_workers: int,
-    num_gpus: float,
-) -> Iterator[dict[str, Any]]:
+def _run_on_ray_data(order: UnitOrder, pool: Pool, progress: Progress) -> None:
     import ray
     from ray.data import ActorPoolStrategy
 
-    from pipelines.cluster import cluster_cpus
     from pipelines.data.ray_data import quiet_ray_data
 
-    num_workers = min(num_workers, len(todo))
+    num_workers = min(pool.num_workers, len(order.units))
     quiet_ray_data()
     # One block a unit: a unit is the grain of scheduling, retry and commit.
-    source = ray.data.from_items([{"unit": pickle.dumps(unit)} for unit in todo], override_num_blocks=len(todo))
-    receipts = source.map_batches(
+    items = [{"unit": pickle.dumps(unit)} for unit in order.units]
+    receipts = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _CommittingActor,
-        fn_constructor_args=(factory, out, contract, spec),
+        fn_constructor_args=(replace(order, units=()), pool.num_gpus > 0),
         batch_size=1,
         compute=ActorPoolStrategy(size=num_workers),
         num_cpus=actor_cpus(cluster_cpus(), num_workers),
-        num_gpus=num_gpus or None,
+        num_gpus=pool.num_gpus or None,
     )
     for receipt in receipts.iter_rows():
         if receipt["error"]:
             raise _ERRORS[receipt["error"]](receipt["what"])
-        yield receipt
+        progress.advance(int(receipt["rows"]))
 
 
 def actor_cpus(total_cpus: float, num_workers: int) -> float:

@@ -6,7 +6,6 @@ the log-mel distance, and simple audio statistics.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +16,16 @@ from models.policy import CONFIG_FILE, KIND, Policy
 from models.reward import Reward
 from models.spec import SPECS, ClipSpec
 from models.weights import load_config
-from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, SCORES
 from pipelines.data.store import Dataset, dataset_manifest, open_files, read_manifest
-from pipelines.data.units import run_units
+from pipelines.data.units import Pool, run_units
 from pipelines.errors import InputError, Refused
 from pipelines.evaluation.measuring import ClipMeasurer, EvaluationWorker
 from pipelines.evaluation.scores import ClipScores
 from pipelines.evaluation.subjects import EvaluationSettings, plan_units
 from pipelines.evaluation.summary import point_values
-from pipelines.preferences.generation import CHECKPOINT, worker_device
-from pipelines.stage import Outcome, StageContext, run_stage
-from pipelines.stage_tracking import untracked
+from pipelines.preferences.generation import CHECKPOINT
+from pipelines.stage import Outcome, StageContext, run_stage, stage_run
 from pipelines.tracking import Tracker
 
 STAGE = "evaluate"
@@ -46,14 +43,13 @@ class EvaluationInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class MakeWorker:
-    """Builds a worker inside an actor; picklable."""
+    """Builds a worker where it works; picklable."""
 
     inputs: EvaluationInputs
     settings: EvaluationSettings
 
-    def __call__(self) -> EvaluationWorker:
-        """Load the models onto this actor's device; raises InputError where a checkpoint does not fit this code."""
-        device = worker_device()
+    def __call__(self, device: torch.device) -> EvaluationWorker:
+        """Load the models onto a device; raises InputError where a checkpoint does not fit this code."""
         features = Dataset.open(self.inputs.features, FEATURES)
         try:
             measurer = self._measurer(features.spec, device)
@@ -82,11 +78,10 @@ def evaluate(
     settings: EvaluationSettings,
     *,
     out: str,
-    num_workers: int,
-    num_gpus: float = 0.0,
+    pool: Pool,
     max_reject_rate: float = 0.05,
     options_yaml: str | None = None,
-    track: Callable[[StageContext], Tracker] = untracked,
+    track: Callable[[StageContext], Tracker] = stage_run,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Write the scores dataset at `out`; killed and called again it goes on where it was.
@@ -105,23 +100,20 @@ def evaluate(
         # Here, because sampling actors import this module and have nothing to draw.
         from pipelines.evaluation.show_scores import show_scores
 
-        with track(context) as tracker:
-            with connect() if num_workers else nullcontext():
-                run_units(
-                    units,
-                    factory=MakeWorker(inputs=inputs, settings=settings),
-                    contract=SCORES,
-                    spec=features.spec,
-                    out=context.out,
-                    num_workers=num_workers,
-                    num_gpus=num_gpus,
-                    label=f"{STAGE} {settings.subject}",
-                )
-            content = dataset_manifest(context.folder, SCORES, features.spec)
-            made = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, SCORES)
-            if made.num_rows():
-                show_scores(tracker, features, made, _clip_scores(made), settings.subject)
-            context.finish(content)
+        run_units(
+            units,
+            pool,
+            factory=MakeWorker(inputs=inputs, settings=settings),
+            contract=SCORES,
+            spec=features.spec,
+            out=context.out,
+            label=f"{STAGE} {settings.subject}",
+        )
+        content = dataset_manifest(context.folder, SCORES, features.spec)
+        made = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, SCORES)
+        if made.num_rows():
+            show_scores(context.tracker, features, made, _clip_scores(made), settings.subject)
+        context.finish(content)
 
     outcome = run_stage(
         name=STAGE,
@@ -131,6 +123,7 @@ def evaluate(
         body=body,
         version=SCORES.version,
         options_yaml=options_yaml,
+        track=track,
         say=say,
     )
     counts = read_manifest(out, kind="dataset")["counts"]

@@ -87,10 +87,15 @@ def write_report(
             if s.num_candidates > 1
         }
         page = _page(dataset, subjects, settings, summary, curves, clip_ids)
-        context.folder.write_bytes(PAGE, page.to_html().encode())
-        context.folder.write_bytes(TABLE, table_text(summary, curves).encode())
-        context.folder.write_bytes(SUMMARY, _summary_json(summary, curves))
-        context.finish({"kind": KIND, "files": files_manifest(context.folder, [PAGE, TABLE, SUMMARY])})
+        contents = {
+            PAGE: page.to_html().encode(),
+            TABLE: table_text(summary, curves).encode(),
+            SUMMARY: _summary_json(summary, curves),
+        }
+        for name, content in contents.items():
+            context.folder.write_bytes(name, content)
+            context.tracker.document(f"report/{name}", content)
+        context.finish({"kind": KIND, "files": files_manifest(context.folder, list(contents))})
 
     return run_stage(
         name=STAGE,

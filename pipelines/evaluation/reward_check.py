@@ -80,6 +80,9 @@ def check_reward(
             ranking = ranking_gates(scores, inputs.truth_scores)
             content["ranking"] = ranking
             lines += ["", BON_MEANING, *align([[name, _text(value)] for name, value in ranking.items()])]
+        values = {f"gate/{gate.name}": gate.value for gate in report.gates}
+        ranked = {k: float(v) for k, v in content.get("ranking", {}).items() if isinstance(v, int | float)}
+        context.tracker.metrics(0, {**values, **ranked})
         context.folder.write_bytes(GATES, (json.dumps(content, indent=1) + "\n").encode())
         context.folder.write_bytes(TABLE, ("\n".join(lines) + "\n").encode())
         context.finish({"kind": KIND, "files": files_manifest(context.folder, [GATES, TABLE])})

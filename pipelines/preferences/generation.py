@@ -8,7 +8,6 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +22,14 @@ from models.policy import Policy
 from models.reward import Reward
 from models.spec import SPECS, ClipSpec
 from models.weights import load_config
-from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, PAIRS
 from pipelines.data.store import Dataset, dataset_manifest, open_files, read_manifest
-from pipelines.data.units import Unit, run_units
+from pipelines.data.units import Pool, Unit, run_units
 from pipelines.errors import InputError, Refused
 from pipelines.preferences.make_pairs import STAGE, PairMaker, PairSettings, PairWorker, plan_units
 from pipelines.preferences.pairs import count_outcomes
 from pipelines.preferences.ranking import Ranker
-from pipelines.stage import StageContext, run_stage
-from pipelines.stage_tracking import stage_tracker
+from pipelines.stage import StageContext, run_stage, stage_run
 from pipelines.tracking import Tracker
 
 CHECKPOINT = "checkpoint"
@@ -53,16 +50,15 @@ class PairInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class MakePairWorker:
-    """Builds a worker inside an actor; picklable."""
+    """Builds a worker where it works; picklable."""
 
     inputs: PairInputs
     settings: PairSettings
     lineage: tuple[str, str]
     """Fingerprints of policy and reward."""
 
-    def __call__(self) -> PairWorker:
-        """Load the models onto this actor's device."""
-        device = worker_device()
+    def __call__(self, device: torch.device) -> PairWorker:
+        """Load the models onto a device."""
         features = Dataset.open(self.inputs.features, FEATURES)
         policy, _ = open_files(self.inputs.policy, CHECKPOINT)
         reward, _ = open_files(self.inputs.reward, CHECKPOINT)
@@ -85,16 +81,13 @@ def generate_pairs(
     settings: PairSettings,
     *,
     out: str,
-    num_workers: int,
-    num_gpus: float = 0.0,
+    pool: Pool,
     max_reject_rate: float = 0.05,
     options_yaml: str | None = None,
-    track: Callable[[StageContext], Tracker] = stage_tracker,
+    track: Callable[[StageContext], Tracker] = stage_run,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Write the pairs at `out`, or pick up where a killed run stopped, and return the dataset's manifest.
-
-    `num_workers` 0 works in this process, without Ray.
 
     Raises:
         InputError: an input is missing or does not fit the others, or the split has no clips.
@@ -109,20 +102,9 @@ def generate_pairs(
         factory = MakePairWorker(
             inputs=inputs, settings=settings, lineage=(fingerprints["policy"], fingerprints["reward"])
         )
-        with track(context) as tracker:
-            with connect() if num_workers > 0 else nullcontext():
-                run_units(
-                    units,
-                    factory=factory,
-                    contract=PAIRS,
-                    spec=features.spec,
-                    out=context.out,
-                    num_workers=num_workers,
-                    num_gpus=num_gpus,
-                    label=STAGE,
-                )
-            content = _summarised(context, features.spec, units, tracker)
-            context.finish({**content, "reward_saw_clips": reward_saw_clips})
+        run_units(units, pool, factory=factory, contract=PAIRS, spec=features.spec, out=context.out, label=STAGE)
+        content = _summarised(context, features.spec, units)
+        context.finish({**content, "reward_saw_clips": reward_saw_clips})
 
     run_stage(
         name=STAGE,
@@ -132,6 +114,7 @@ def generate_pairs(
         body=body,
         version=PAIRS.version,
         options_yaml=options_yaml,
+        track=track,
         say=say,
     )
     manifest = read_manifest(out, kind="dataset")
@@ -175,17 +158,6 @@ def seen_in_training(inputs: PairInputs, features: Dataset) -> bool:
     return same_features and reward["config"].get("train_split", "train") == inputs.split
 
 
-def worker_device() -> torch.device:
-    """The device of a worker: its GPU where it holds one, else the CPU with one torch thread.
-
-    One thread, because the order of a sum must not depend on how many cores a machine has.
-    """
-    if torch.cuda.is_available():
-        return torch.device("cuda", 0)
-    torch.set_num_threads(1)
-    return torch.device("cpu")
-
-
 def reward_summary(table: pa.Table) -> dict[str, float]:
     """Means over the clips of what the reward says of candidates and ground truth; only what is defined.
 
@@ -207,7 +179,7 @@ def reward_summary(table: pa.Table) -> dict[str, float]:
     return {name: statistics.fmean(column) for name, column in values.items() if column}
 
 
-def _summarised(context: StageContext, spec: ClipSpec, units: list[Unit], tracker: Tracker) -> dict[str, Any]:
+def _summarised(context: StageContext, spec: ClipSpec, units: list[Unit]) -> dict[str, Any]:
     """The dataset's manifest with what became of the clips and what the reward says of them; shown in MLflow too."""
     # Here, because sampling actors import this module and have nothing to draw.
     from pipelines.evaluation.plots import histogram_of
@@ -216,8 +188,8 @@ def _summarised(context: StageContext, spec: ClipSpec, units: list[Unit], tracke
     table = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, PAIRS).read(SUMMARISED)
     outcomes = _outcomes(table, content, units)
     means = reward_summary(table)
-    tracker.metrics(context.config["round_index"], {**outcomes, **means})
-    tracker.image("reward_histogram", histogram_of(_rewards(table)))
+    context.tracker.metrics(context.config["round_index"], {**outcomes, **means})
+    context.tracker.image("reward_histogram", histogram_of(_rewards(table)))
     return {**content, "outcomes": outcomes, "rewards": means}
 
 

@@ -10,6 +10,7 @@ from models.preference import PreferenceLossConfig
 from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, SCORES
 from pipelines.data.store import Dataset, files_manifest, open_files, read_manifest
+from pipelines.data.units import Pool
 from pipelines.errors import InputError, Refused
 from pipelines.evaluation.evaluate import EvaluationInputs, evaluate, measures
 from pipelines.evaluation.subjects import EvaluationSettings
@@ -18,8 +19,7 @@ from pipelines.preferences.generation import PairInputs, check_inputs, generate_
 from pipelines.preferences.make_pairs import PairSettings
 from pipelines.preferences.pairs import stable_seed
 from pipelines.preferences.rounds import Objective, RoundCost, launch_manifest, plan_lines, refused_line, run_rounds
-from pipelines.stage import StageContext, plan_stage, run_stage
-from pipelines.stage_tracking import stage_tracker
+from pipelines.stage import StageContext, lineage_tags, plan_stage, run_stage, stage_run, untracked
 from pipelines.tracking import Tracker, open_launch
 from pipelines.training.options import TrainingOptions
 from pipelines.training.stages import Launching, train_rpo
@@ -84,10 +84,7 @@ class RoundSettings:
 
 def launch_tracker(context: StageContext) -> Tracker:
     """The MLflow run of the launch; the stages inside become its children."""
-    lineage = {f"input.{name}": fingerprint for name, fingerprint in context.inputs.items()}
-    return open_launch(
-        context.out, context.name, params=context.config, tags={"fingerprint": context.fingerprint, **lineage}
-    )
+    return open_launch(context.out, context.name, params=context.config, tags=lineage_tags(context))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +92,10 @@ class Resources:
     """Where the work is done; nothing of it affects the result beyond rounding."""
 
     num_workers: int
-    """Sampling actors and training workers; 0 works in this process, without Ray."""
-    num_gpus: float = 0.0
-    """GPUs that a sampling actor holds."""
+    """Ray Train workers that train and sample; 0 works in this process, without Ray."""
     max_reject_rate: float = 0.05
     track_launch: Callable[[StageContext], Tracker] = launch_tracker
-    track_stage: Callable[[StageContext], Tracker] = stage_tracker
+    track_stage: Callable[[StageContext], Tracker] = stage_run
 
 
 class PipelineStages:
@@ -114,11 +109,12 @@ class PipelineStages:
         group: WorkerGroup | None,
         say: Callable[[str], None],
     ) -> None:
-        """`group`: warm training workers; None trains in new ones, or in this process."""
+        """`group`: warm workers; None where all is done in this process."""
         self._inputs = inputs
         self._settings = settings
         self._resources = resources
         self._group = group
+        self._pool = Pool(num_workers=resources.num_workers, group=group)
         self._say = say
 
     def make_pairs(self, policy: str, round_index: int, out: str) -> None:
@@ -127,8 +123,7 @@ class PipelineStages:
             replace(self._inputs, policy=policy),
             replace(self._settings.pairs, round_index=round_index),
             out=out,
-            num_workers=self._resources.num_workers,
-            num_gpus=self._resources.num_gpus,
+            pool=self._pool,
             max_reject_rate=self._resources.max_reject_rate,
             track=self._resources.track_stage,
             say=self._say,
@@ -161,8 +156,7 @@ class PipelineStages:
             EvaluationInputs(features=self._inputs.features, reward=self._inputs.reward, policy=policy),
             self._settings.evaluation,
             out=out,
-            num_workers=self._resources.num_workers,
-            num_gpus=self._resources.num_gpus,
+            pool=self._pool,
             max_reject_rate=self._resources.max_reject_rate,
             track=self._resources.track_stage,
             say=self._say,
@@ -184,7 +178,8 @@ def judge_stage(before: str, after: str, limits: GateLimits, *, out: str, say: C
             {"kind": VERDICT, "verdict": content["verdict"], "files": files_manifest(context.folder, [VERDICT_FILE])}
         )
 
-    run_stage(name=GATE_STAGE, config=asdict(limits), inputs=inputs, out=out, body=body, say=say)
+    # Its numbers are shown in the launch's own run.
+    run_stage(name=GATE_STAGE, config=asdict(limits), inputs=inputs, out=out, body=body, track=untracked, say=say)
     verdict = read_verdict(out)
     reasons = f" ({'; '.join(verdict.reasons)})" if verdict.reasons else ""
     say(f"{GATE_STAGE}: {'accepted' if verdict.accepted else 'refused'}{reasons}")
@@ -217,7 +212,7 @@ def launch_rounds(
     fingerprints = check_launch(inputs, settings)
 
     def body(context: StageContext) -> None:
-        with resources.track_launch(context) as tracker, ExitStack() as stack:
+        with ExitStack() as stack:
             workers = _workers(stack, resources, group)
             launch = run_rounds(
                 policy=inputs.policy,
@@ -228,10 +223,11 @@ def launch_rounds(
                 stages=PipelineStages(inputs, settings, resources, workers, say),
             )
             content = launch_manifest(launch, context.out, settings.with_control)
-            for entry in content["rounds"]:
-                tracker.metrics(entry["round"], _gate_metrics(entry["checks"]))
-            tracker.tags({"final_policy": content["final_policy"]["path"], "stopped_at": str(content["stopped_at"])})
-            context.finish(content)
+        for entry in content["rounds"]:
+            context.tracker.metrics(entry["round"], _gate_metrics(entry["checks"]))
+        stopped_at, final_policy = str(content["stopped_at"]), content["final_policy"]["path"]
+        context.tracker.tags({"final_policy": final_policy, "stopped_at": stopped_at})
+        context.finish(content)
 
     run_stage(
         name=STAGE,
@@ -240,6 +236,7 @@ def launch_rounds(
         out=out,
         body=body,
         options_yaml=options_yaml,
+        track=resources.track_launch,
         say=say,
     )
     manifest = read_manifest(out, kind="rounds")
@@ -264,7 +261,7 @@ def check_launch(inputs: PairInputs, settings: RoundSettings) -> dict[str, str]:
 
 
 def _workers(stack: ExitStack, resources: Resources, group: WorkerGroup | None) -> WorkerGroup | None:
-    """The group that was handed in, or one of our own for all rounds, or None to train in this process."""
+    """The group that was handed in, or one of our own for all rounds, or None to work in this process."""
     if group is not None or resources.num_workers == 0:
         return group
     stack.enter_context(connect())

@@ -2,12 +2,12 @@
 
 import os
 
-import torch
 import torch.distributed as dist
 
-from pipelines.training.loop import Report, TrainingOrder, TrainingResult, train
+from pipelines.devices import own_device
+from pipelines.training.loop import TrainingOrder, TrainingResult, train
 from pipelines.training.workers import WorkerGroup, warm_workers
-from pipelines.training.world import World
+from pipelines.training.world import Report, World
 
 
 def fit(order: TrainingOrder, *, num_workers: int, report: Report, group: WorkerGroup | None = None) -> TrainingResult:
@@ -25,10 +25,7 @@ def fit(order: TrainingOrder, *, num_workers: int, report: Report, group: Worker
 
 
 def _fit_here(order: TrainingOrder, report: Report) -> TrainingResult:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu":
-        # More threads would change the order of sums, and so the bytes, with the machine.
-        torch.set_num_threads(1)
+    device = own_device()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it.
     if not dist.is_initialized():
         # DeepSpeed keeps the default group for the life of the process, so it is never destroyed here.

@@ -7,7 +7,7 @@ the journal of an interrupted run equals that of an uninterrupted one.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from pipelines.training.journal import Journal
 from pipelines.training.objective import Batch, Objective
 from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan, GlobalOrder
-from pipelines.training.world import World
+from pipelines.training.world import Report, World
 
 CHECKPOINTS = "checkpoints"
 JOURNAL = "metrics.jsonl"
@@ -36,9 +36,6 @@ AVERAGE = "average.safetensors"
 FIRST_ALARM = "first alarm"
 DISK_FAULT = "PytorchStreamWriter"
 """What torch's own RuntimeError says when a file cannot be written to its end."""
-
-Report = Callable[[int, dict[str, float]], None]
-"""Told of finished steps: (step, metrics); on rank 0 only."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,10 @@ class TrainingOrder:
     options: TrainingOptions
     out: str
     """Folder on storage that all workers see."""
+
+    def run(self, world: World, report: Report) -> "TrainingResult | None":
+        """Train to the end from wherever the folder is; see `pipelines.training.workers.Order`."""
+        return train(self, world, report)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from pipelines.data.contracts import FEATURES, PAIRS
 from pipelines.data.store import Dataset, files_manifest, open_files
 from pipelines.errors import InputError
 from pipelines.progress import Progress
-from pipelines.stage import Outcome, StageContext, run_stage
-from pipelines.stage_tracking import stage_tracker
+from pipelines.stage import Outcome, StageContext, run_stage, stage_run
 from pipelines.tracking import Tracker
 from pipelines.training.flow_matching_objective import FlowMatchingObjective, fit_starting_policy
 from pipelines.training.journal import read_journal
@@ -50,7 +49,7 @@ class Launching:
     group: WorkerGroup | None = None
     """A warm group to use instead of new workers."""
     options_yaml: str | None = None
-    track: Callable[[StageContext], Tracker] = stage_tracker
+    track: Callable[[StageContext], Tracker] = stage_run
     say: Callable[[str], None] = print
 
 
@@ -214,6 +213,7 @@ def _stage(
         out=out,
         body=body,
         options_yaml=launching.options_yaml,
+        track=launching.track,
         say=launching.say,
     )
 
@@ -226,27 +226,27 @@ def _train(
     content: Mapping[str, Any],
 ) -> None:
     """Run the loop, finish the artifact, clear up."""
-    folder = context.folder.local_path()
+    folder, tracker = context.folder.local_path(), context.tracker
     order = TrainingOrder(objective, options, str(folder))
     needs_ray = launching.num_workers > 0 and launching.group is None
-    with launching.track(context) as tracker, connect() if needs_ray else nullcontext():
-        with Progress(label=f"{context.name} ({objective.name})", total=options.steps) as progress:
-            seen = 0
+    label = f"{context.name} ({objective.name})"
+    with connect() if needs_ray else nullcontext(), Progress(label=label, total=options.steps) as progress:
+        seen = 0
 
-            def report(step: int, metrics: dict[str, float]) -> None:
-                nonlocal seen
-                progress.advance(max(step - seen, 0))
-                seen = max(step, seen)
-                tracker.metrics(step, _finite(metrics))
+        def report(step: int, metrics: dict[str, float]) -> None:
+            nonlocal seen
+            progress.advance(max(step - seen, 0))
+            seen = max(step, seen)
+            tracker.metrics(step, _finite(metrics))
 
-            result = fit(order, num_workers=launching.num_workers, report=report, group=launching.group)
-        # Whatever an attempt wrote and could not tell before it died; a step that was told is not doubled.
-        for record in read_journal(folder / JOURNAL):
-            tracker.metrics(int(record["step"] or 0), _finite(record))
-        for note in result.notes:
-            launching.say(f"{context.name}: {note}")
-        context.finish({"kind": CHECKPOINT_KIND, **content, **_outcome_of(context, result)})
-        tracker.tags({"files": ", ".join(result.files), "stopped": str(result.stopped)})
+        result = fit(order, num_workers=launching.num_workers, report=report, group=launching.group)
+    # Whatever an attempt wrote and could not tell before it died; a step that was told is not doubled.
+    for record in read_journal(folder / JOURNAL):
+        tracker.metrics(int(record["step"] or 0), _finite(record))
+    for note in result.notes:
+        launching.say(f"{context.name}: {note}")
+    context.finish({"kind": CHECKPOINT_KIND, **content, **_outcome_of(context, result)})
+    tracker.tags({"files": ", ".join(result.files), "stopped": str(result.stopped)})
     for name in (CHECKPOINTS, START):
         shutil.rmtree(folder / name, ignore_errors=True)
 

@@ -1,11 +1,12 @@
-"""Ray Train worker groups that do one training after another. The only import of ray.train.
+"""Ray Train worker groups that carry out one order after another. The only import of ray.train.
 
 Ray is imported where it is used: `cluster.connect` has to set what Ray reads at its import.
 
-Starting a group (controller, workers, torch, DeepSpeed) costs half a minute on two cores, so a launch of many
-trainings starts it once: one `TorchTrainer.fit` in a thread, whose loop takes training orders from a small actor, the
-order book. A worker that dies takes its group with it; Ray Train starts the group again, the new
-workers ask the book for the first unfinished order, and that one resumes from its newest complete checkpoint.
+Starting a group (controller, workers, torch, DeepSpeed) costs half a minute on two cores, so a launch of many stages
+starts it once: one `TorchTrainer.fit` in a thread, whose loop takes orders from a small actor, the order book. An order
+is a training, or units of clips to sample and measure: so the GPUs that a launch holds do all of its work. A worker
+that dies takes its group with it; Ray Train starts the group again, the new workers ask the book for the first
+unfinished order, and that one goes on from what it finds in its folder.
 """
 
 import logging
@@ -17,14 +18,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from pipelines.cluster import cluster_cpus, cluster_gpus
+from pipelines.devices import cpu_device
 from pipelines.errors import EnvironmentFailed, InputError, PipelineError
-from pipelines.training.loop import Report, TrainingOrder, TrainingResult, train
-from pipelines.training.world import World
+from pipelines.training.world import Report, World
+
+Result_co = TypeVar("Result_co", covariant=True)
 
 DEFAULT_MAX_FAILURES = 3
 IDLE_CPUS = 0.1
@@ -38,11 +41,24 @@ RETRIED = (RuntimeError, OSError)
 """What the death of a peer, a lost node or storage looks like from inside a worker; anything else is a defect."""
 
 
+class Order(Protocol[Result_co]):
+    """Work for a whole group, picklable; every rank runs it, and must pick up from what it finds in `out`."""
+
+    @property
+    def out(self) -> str:
+        """Folder on storage that all workers see."""
+        ...
+
+    def run(self, world: World, report: Report) -> Result_co | None:
+        """Do this rank's share; the result on rank 0, once all ranks are through, and None on the others."""
+        ...
+
+
 @dataclass
 class _Entry:
-    order: TrainingOrder
+    order: Order[Any]
     attempts: int = 0
-    result: TrainingResult | None = None
+    result: Any = None
     error: str | None = None
     exit_code: int = 1
     progress: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -61,7 +77,7 @@ class OrderBook:
         self._closed = False
         self._nodes: dict[int, str] = {}
 
-    def place(self, order: TrainingOrder) -> int:
+    def place(self, order: Order[Any]) -> int:
         """Add an order; returns its number."""
         self._entries.append(_Entry(order))
         return len(self._entries) - 1
@@ -78,7 +94,7 @@ class OrderBook:
         """Let the workers go home."""
         self._closed = True
 
-    def next(self, after: int) -> tuple[str, int, TrainingOrder | None]:
+    def next(self, after: int) -> tuple[str, int, Order[Any] | None]:
         """Return ("work", number, order) of the first open order above `after`, or "wait", or "stop"."""
         if self._closed:
             return "stop", -1, None
@@ -93,17 +109,17 @@ class OrderBook:
         entry.attempts += 1
         if entry.attempts > self._max_failures + 1 and entry.is_open:
             entry.error = (
-                f"{entry.order.out}: the workers died {self._max_failures + 1} times in this training; "
+                f"{entry.order.out}: the workers died {self._max_failures + 1} times in this work; "
                 "see their logs, then run the same command again"
             )
             entry.exit_code = EnvironmentFailed.exit_code
         return entry.is_open
 
     def report(self, number: int, step: int, metrics: dict[str, float]) -> None:
-        """Take the metrics of a step from rank 0."""
+        """Take progress from a rank."""
         self._entries[number].progress.append((step, metrics))
 
-    def finish(self, number: int, result: TrainingResult) -> None:
+    def finish(self, number: int, result: Any) -> None:
         """Take a result from rank 0."""
         self._entries[number].result = result
 
@@ -113,8 +129,8 @@ class OrderBook:
         if entry.is_open:
             entry.error, entry.exit_code = error, exit_code
 
-    def state(self, number: int) -> tuple[TrainingResult | None, str | None, int, list[tuple[int, dict[str, float]]]]:
-        """Return (result, error, exit code, steps reported since the last call)."""
+    def state(self, number: int) -> tuple[Any, str | None, int, list[tuple[int, dict[str, float]]]]:
+        """Return (result, error, exit code, progress reported since the last call)."""
         entry = self._entries[number]
         news, entry.progress = entry.progress, []
         return entry.result, entry.error, entry.exit_code, news
@@ -133,11 +149,11 @@ class WorkerGroup:
 
         return ray.get(self._book.nodes.remote())
 
-    def run(self, order: TrainingOrder, report: Report) -> TrainingResult:
-        """Have one training done; `report` is told of every finished step.
+    def run(self, order: Order[Result_co], report: Report) -> Result_co:
+        """Have one order carried out; `report` is told of its progress.
 
         Raises:
-            PipelineError: what the training itself raised, with its exit code.
+            PipelineError: what the work itself raised, with its exit code.
             EnvironmentFailed: the group cannot be kept alive.
         """
         import ray
@@ -241,8 +257,7 @@ def _work(config: dict[str, Any]) -> None:
         device = get_device()
         assert isinstance(device, torch.device)
     else:
-        device = torch.device("cpu")
-        torch.set_num_threads(1)
+        device = cpu_device()
     world = World(context.get_world_rank(), context.get_world_size(), device)
     ray.get(book.enrol.remote(world.rank, ray.get_runtime_context().get_node_id()))
     number = -1
@@ -257,20 +272,20 @@ def _work(config: dict[str, Any]) -> None:
         _do(book, number, order, world)
 
 
-def _do(book: Any, number: int, order: TrainingOrder, world: World) -> None:
+def _do(book: Any, number: int, order: Order[Any], world: World) -> None:
     import ray
 
     may_start = world.share(ray.get(book.begin.remote(number)) if world.is_main else None)
     if not may_start:
         return
     try:
-        result = train(order, world, lambda step, metrics: book.report.remote(number, step, metrics))
+        result = order.run(world, lambda step, metrics: book.report.remote(number, step, metrics))
     except PipelineError as error:
         ray.get(book.fail.remote(number, str(error), error.exit_code))
         raise
     except Exception as error:
         if not isinstance(error, RETRIED):
-            text = f"{order.out}: {type(error).__name__} in a training worker: {_first_line(error)}"
+            text = f"{order.out}: {type(error).__name__} in a worker: {_first_line(error)}"
             ray.get(book.fail.remote(number, text, 1))
         raise
     if result is not None:

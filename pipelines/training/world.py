@@ -3,12 +3,16 @@
 Objectives get `gather` handed in, so models never hear of ranks. With one rank every collective is the identity.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Report = Callable[[int, dict[str, float]], None]
+"""Told of progress: (step, metrics) by a training's rank 0, (rows done, nothing) by every rank that does units."""
 
 
 class _GatherWithGradient(torch.autograd.Function):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.data.units import HERE
 from pipelines.evaluation.evaluate import EvaluationInputs, evaluate
 from pipelines.evaluation.report import ReportSettings, write_report
 from pipelines.evaluation.subjects import EvaluationSettings, Subject
@@ -59,7 +60,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 max_clips=None,
             ),
             out=str(root / "scores" / subject),
-            num_workers=0,
+            pool=HERE,
             say=lambda line: None,
         )
     write_report(

@@ -13,8 +13,7 @@ import pytest
 from jobs import cli
 from jobs.rpo_rounds import Options, main
 from pipelines.data.store import read_manifest
-from pipelines.tracking import LAUNCH_VARIABLE
-from tests.world_factory import launch_without_shipper, write_policy, write_reward, write_world
+from tests.world_factory import write_policy, write_reward, write_world
 
 ROOT = Path(__file__).resolve().parents[2]
 ARTIFACTS = ("baseline/scores", "round_0/pairs", "round_0/policy", "round_0/scores", "round_0/verdict")
@@ -58,7 +57,7 @@ def start(world: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "jobs/rpo_rounds.py", *flags(world, out)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", LAUNCH_VARIABLE: launch_without_shipper(out.parent / "launch")},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
 
@@ -78,11 +77,8 @@ def parts(folder: Path) -> int:
     return len(list((folder / "data").glob("part-*.parquet")))
 
 
-def test_rounds_killed_in_pairs_and_in_training_end_as_if_never_killed(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rounds_killed_in_pairs_and_in_training_end_as_if_never_killed(world: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    monkeypatch.setenv(LAUNCH_VARIABLE, launch_without_shipper(tmp_path / "launch"))
     assert main(cli.parse("rpo_rounds", Options, flags(world, whole))) == 0
 
     pairs, policy = cut / "round_0/pairs", cut / "round_0/policy"

@@ -26,16 +26,15 @@ def _command(job: str, out: Path, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *flags, "--out", str(out)]
 
 
-def _environment(home: Path) -> dict[str, str]:
-    # Tracking goes into the test's own folder, never into the user's.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}"}
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def _kill_at_step(command: list[str], out: Path, step: int, home: Path) -> None:
     """Start the job and SIGKILL it once its journal has `step` steps, well before its end."""
     log = home / "killed.log"
     with log.open("w") as sink:
-        process = subprocess.Popen(command, env=_environment(home), stdout=sink, stderr=sink)
+        process = subprocess.Popen(command, env=_environment(), stdout=sink, stderr=sink)
         started = time.monotonic()
         while len(read_journal(out / "metrics.jsonl")) < step:
             assert process.poll() is None, log.read_text()
@@ -46,8 +45,8 @@ def _kill_at_step(command: list[str], out: Path, step: int, home: Path) -> None:
     assert not (out / "manifest.json").exists()
 
 
-def _run(command: list[str], home: Path) -> str:
-    done = subprocess.run(command, env=_environment(home), capture_output=True, text=True, timeout=LIMIT_S, check=False)
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -59,9 +58,9 @@ def _losses(out: Path) -> list[tuple[object, object]]:
 def _killed_equals_whole(job: str, flags: list[str], weights: str, tmp_path: Path, kill_at: int) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     _kill_at_step(_command(job, killed, *flags), killed, kill_at, tmp_path)
-    told = _run(_command(job, killed, *flags), tmp_path)
+    told = _run(_command(job, killed, *flags))
     assert f"{job}: resume" in told
-    _run(_command(job, whole, *flags), tmp_path)
+    _run(_command(job, whole, *flags))
     assert _losses(killed) == _losses(whole)
     assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
     first, second = (json.loads((out / "manifest.json").read_text()) for out in (killed, whole))

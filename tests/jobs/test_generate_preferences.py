@@ -14,8 +14,7 @@ from pipelines.data.contracts import FEATURES, PAIRS, column_to_numpy
 from pipelines.data.store import Dataset, read_manifest
 from pipelines.errors import InputError, Refused
 from pipelines.preferences.candidates import ConditionRow, Sampling, sample_candidates
-from pipelines.tracking import LAUNCH_VARIABLE
-from tests.world_factory import launch_without_shipper, write_policy, write_reward, write_world
+from tests.world_factory import write_policy, write_reward, write_world
 
 NUM_CLIPS = 18
 SPOILT = "rpo_004"
@@ -28,11 +27,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_policy(root / "m0", features)
     write_reward(root / "reward", features)
     return root
-
-
-@pytest.fixture(autouse=True)
-def no_shipper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LAUNCH_VARIABLE, launch_without_shipper(tmp_path / "launch"))
 
 
 def options(world: Path, out: Path, **changes: object) -> Options:
@@ -56,9 +50,7 @@ def options(world: Path, out: Path, **changes: object) -> Options:
 @pytest.fixture(scope="module")
 def pairs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pairs") / "pairs"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(LAUNCH_VARIABLE, launch_without_shipper(out.parent / "launch"))
-        assert main(options(world, out)) == 0
+    assert main(options(world, out)) == 0
     return out
 
 

@@ -11,8 +11,7 @@ from models.policy import Policy
 from pipelines.data.contracts import PAIRS
 from pipelines.data.store import Dataset, read_manifest
 from pipelines.errors import InputError, Refused
-from pipelines.tracking import LAUNCH_VARIABLE
-from tests.world_factory import launch_without_shipper, write_policy, write_reward, write_world
+from tests.world_factory import write_policy, write_reward, write_world
 
 IMPOSSIBLE = 1e6
 
@@ -24,11 +23,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_policy(root / "m0", features)
     write_reward(root / "reward", features)
     return root
-
-
-@pytest.fixture(autouse=True)
-def no_shipper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LAUNCH_VARIABLE, launch_without_shipper(tmp_path / "launch"))
 
 
 def options(world: Path, out: Path, **changes: object) -> Options:
@@ -59,9 +53,7 @@ def options(world: Path, out: Path, **changes: object) -> Options:
 def launch(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished launch of two rounds with the control."""
     out = tmp_path_factory.mktemp("rpo") / "rpo"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(LAUNCH_VARIABLE, launch_without_shipper(out.parent / "launch"))
-        assert main(options(world, out, with_control=True)) == 0
+    assert main(options(world, out, with_control=True)) == 0
     return out
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models.codec import build_codec
+from models.codec import build_codec, overlap_add
 from models.spec import SPECS
 
 SPEC = SPECS["tiny"]
@@ -42,6 +42,17 @@ def test_a_decoded_sound_has_the_level_the_time_and_the_pitch_of_the_original() 
         assert 0.5 < energy / wave.square().sum() < 2.0
         spectrum = torch.fft.rfft(again).abs()
         assert abs(int(spectrum.argmax()) / 2.5 - hz) < 80
+
+
+@pytest.mark.parametrize(("n_fft", "hop"), [(512, 250), (512, 128), (64, 64)])
+def test_windows_are_added_as_torchs_inverse_stft_adds_them(n_fft: int, hop: int) -> None:
+    window = torch.hann_window(n_fft) + 0.1
+    spectrum = torch.randn(2, n_fft // 2 + 1, 9, dtype=torch.complex64, generator=torch.Generator().manual_seed(3))
+    frames = torch.fft.irfft(spectrum.transpose(1, 2), n_fft) * window
+    added = overlap_add(frames, hop) / overlap_add(window.square().expand(1, 9, n_fft), hop).clamp_min(1e-11)
+    length = 8 * hop
+    expected = torch.istft(spectrum, n_fft, hop, n_fft, window, length=length)
+    torch.testing.assert_close(added[:, n_fft // 2 :][:, :length], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_encoding_a_decoded_sound_gives_nearly_the_same_latents() -> None:

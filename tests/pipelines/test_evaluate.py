@@ -18,6 +18,7 @@ from pipelines.data.contracts import FEATURES, SCORES, table_from_rows
 from pipelines.data.demo_world import render_clip
 from pipelines.data.media_write import decode_flac
 from pipelines.data.store import Dataset
+from pipelines.data.units import HERE, Pool
 from pipelines.errors import InputError, Refused
 from pipelines.evaluation.evaluate import EvaluationInputs, evaluate, measures, read_scores
 from pipelines.evaluation.show_scores import SHOWN_CLIPS
@@ -61,7 +62,7 @@ def run(
             **settings,
         ),
         out=str(out),
-        num_workers=num_workers,
+        pool=Pool(num_workers=num_workers),
         say=lambda line: None,
     )
     return Dataset.open(str(out), SCORES)
@@ -213,7 +214,7 @@ def test_a_missing_reward_and_a_missing_split_are_named(inputs: EvaluationInputs
                 max_clips=None,
             ),
             out=str(tmp_path / "out"),
-            num_workers=0,
+            pool=HERE,
         )
 
 
@@ -256,7 +257,7 @@ def test_its_run_shows_numbers_pictures_sounds_and_videos_of_what_was_scored(
         max_clips=4,
     )
     out = str(tmp_path / "scores")
-    evaluate(inputs, settings, out=out, num_workers=0, track=lambda context: seen, say=lambda line: None)
+    evaluate(inputs, settings, out=out, pool=HERE, track=lambda context: seen, say=lambda line: None)
     assert seen.values == measures(out)
     rows = {row["clip_id"]: row for row in Dataset.open(out, SCORES).read(["clip_id", "audio"]).to_pylist()}
     assert len(seen.sounds) == len(seen.videos) == SHOWN_CLIPS

@@ -11,6 +11,7 @@ from models.policy import Policy
 from models.reward import Reward
 from pipelines.data.demo_world import render_clip
 from pipelines.data.media_write import picture_duration_s, write_mp4
+from pipelines.data.units import HERE
 from pipelines.errors import InputError
 from pipelines.generation import GenerationSettings, Generator, generate
 from pipelines.preferences.candidates import Sampling
@@ -136,7 +137,7 @@ def test_the_frames_and_conditions_are_those_that_preprocess_stores(tmp_path: Pa
         list_videos(str(tmp_path / "videos")),
         PreprocessSettings(spec="tiny", encoders="grids"),
         out=str(tmp_path / "features"),
-        num_workers=0,
+        pool=HERE,
     )
     row = dataset.read().to_pylist()[0]
     with FileClips(SPECS["tiny"]) as clips:

@@ -16,6 +16,7 @@ from pipelines.data.media_write import decode_flac, write_mp4
 from pipelines.data.preprocess import PreprocessSettings, preprocess, shift_events
 from pipelines.data.source import SourceReader
 from pipelines.data.store import Dataset
+from pipelines.data.units import HERE, Pool
 from pipelines.errors import InputError, MediaError, Refused, StageConflict
 from tests.pipelines.clip_factory import grey_frames, simple_clip, tone, write_clip
 
@@ -27,7 +28,11 @@ def make(folder: Path, manifest: str, out: str = "out", *, num_workers: int = 0,
     path.write_text(manifest)
     settings = PreprocessSettings(spec="tiny", encoders="grids", **options)  # pyright: ignore[reportArgumentType]
     return preprocess(
-        read_entries(str(path)), settings, out=str(folder / out), num_workers=num_workers, max_reject_rate=1.0
+        read_entries(str(path)),
+        settings,
+        out=str(folder / out),
+        pool=Pool(num_workers=num_workers),
+        max_reject_rate=1.0,
     )
 
 
@@ -104,7 +109,7 @@ def test_too_many_rejects_refuse_the_finished_dataset_and_missing_files_do_not_c
 
     def run(rate: float) -> Dataset:
         entries = read_entries(str(path))
-        return preprocess(entries, TINY, out=str(tmp_path / "out"), num_workers=0, max_reject_rate=rate)
+        return preprocess(entries, TINY, out=str(tmp_path / "out"), pool=HERE, max_reject_rate=rate)
 
     with pytest.raises(Refused, match="1 of 3 clips were rejected"):
         run(0.3)
@@ -112,7 +117,7 @@ def test_too_many_rejects_refuse_the_finished_dataset_and_missing_files_do_not_c
     assert run(0.34).num_rows() == 1
     path.write_text("video\ngone.mp4\n")
     with pytest.raises(Refused, match="none of 1 clips"):
-        preprocess(read_entries(str(path)), TINY, out=str(tmp_path / "none"), num_workers=0, max_reject_rate=1.0)
+        preprocess(read_entries(str(path)), TINY, out=str(tmp_path / "none"), pool=HERE, max_reject_rate=1.0)
 
 
 def test_all_windows_of_a_file_become_rows_of_their_own(tmp_path: Path) -> None:
@@ -154,7 +159,7 @@ def test_encoders_and_specs_that_do_not_exist_stop_before_anything_is_written(
 
     def run() -> None:
         settings = PreprocessSettings(spec=spec, encoders=encoders)
-        preprocess(entries, settings, out=str(tmp_path / "out"), num_workers=0)
+        preprocess(entries, settings, out=str(tmp_path / "out"), pool=HERE)
 
     with pytest.raises(InputError):
         run()

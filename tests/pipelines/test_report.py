@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipelines.data.store import open_files
+from pipelines.data.units import HERE
 from pipelines.errors import ContractError, InputError
 from pipelines.evaluation.cards import enlarge
 from pipelines.evaluation.evaluate import EvaluationInputs, evaluate, measures
@@ -74,7 +75,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
                 max_clips=None,
             ),
             out=str(root / "scores" / subject),
-            num_workers=0,
+            pool=HERE,
             say=lambda line: None,
         )
     return {"features": inputs.features, **{subject: str(root / "scores" / subject) for subject in subjects}}

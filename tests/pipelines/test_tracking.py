@@ -59,6 +59,7 @@ def launched(tmp_path_factory):
     root = tmp_path_factory.mktemp("tracked") / "runs"
     patch = pytest.MonkeyPatch()
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    patch.delenv(tracking.LAUNCH_VARIABLE, raising=False)
     (root / "a").mkdir(parents=True)
     page = root / "page.html"
     page.write_text("<h1>listen</h1>")
@@ -80,7 +81,7 @@ def launched(tmp_path_factory):
         with tracking.open_tracker(str(root / "a" / "rpo"), "train_rpo", params={"num_workers": 2}, tags={}) as resumed:
             resumed.metrics(1, {"loss": 1.0})
             resumed.metrics(2, {"loss": 0.5})
-        launch.file(page, "report")
+        launch.document("report/page.html", page.read_bytes())
     patch.undo()
     return root, said.getvalue()
 

@@ -122,17 +122,16 @@ def test_a_full_disk_stops_no_step_and_what_it_refused_follows_in_order(tmp_path
     assert [r["step"] for r in records(tmp_path) if r is not None] == [0, 1, 2, 3, 4, 5]
 
 
-def test_an_artifact_is_kept_as_it_was_when_logged(tmp_path):
-    page = tmp_path / "page.html"
-    page.write_text("first")
+def test_artifacts_of_one_name_are_kept_apart_and_one_that_the_disk_refuses_is_counted(tmp_path):
     journal = Journal(tmp_path / "j")
-    journal.keep_file("report/page.html", page)
-    page.write_text("second")
-    journal.keep_file("report/missing.html", tmp_path / "missing.html")
+    journal.keep_bytes("report/page.html", b"first")
+    journal.keep_bytes("report/page.html", b"second")
+    (tmp_path / "j" / "artifacts").rename(tmp_path / "gone")
+    journal.keep_bytes("report/lost.html", b"third")
     journal.close()
-    kept, lost = records(tmp_path / "j")
-    assert (tmp_path / "j" / "artifacts" / kept["stored"]).read_text() == "first"
-    assert (lost["kind"], lost["artifact"], journal.num_lost) == ("lost", "report/missing.html", 1)
+    *kept, lost = records(tmp_path / "j")
+    assert [(tmp_path / "gone" / record["stored"]).read_bytes() for record in kept] == [b"first", b"second"]
+    assert (lost["kind"], lost["artifact"], journal.num_lost) == ("lost", "report/lost.html", 1)
 
 
 def test_a_journal_is_closed_only_while_its_last_record_says_so(tmp_path):

@@ -135,7 +135,7 @@ def test_frames_are_decoded_to_the_same_pixels_as_elsewhere(world: str) -> None:
     from pipelines.data.frames import decode_frames
 
     jpegs = Dataset.open(world, FEATURES).read(["frames"], split="val")["frames"][0].as_py()
-    assert np.array_equal(decode_pictures(jpegs).numpy(), decode_frames(jpegs))
+    assert np.array_equal(decode_pictures(jpegs).permute(0, 2, 3, 1).numpy(), decode_frames(jpegs))
 
 
 def test_features_whose_frames_are_no_pictures_end_in_a_contract_error(tmp_path: Path) -> None:

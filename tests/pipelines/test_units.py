@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data.contracts import FEATURES, REJECTS, table_from_rows
 from pipelines.data.storage import open_folder
 from pipelines.data.store import dataset_manifest
-from pipelines.data.units import Unit, actor_cpus, cut_units, done_units, run_units
+from pipelines.data.units import HERE, Pool, Unit, actor_cpus, cut_units, done_units, run_units
 from pipelines.errors import InputError
 from tests.pipelines.row_factory import TINY, make_row
 
@@ -42,8 +43,14 @@ def clips(count: int, split: str = "train") -> list[dict]:
     return [{"clip_id": f"{split}_{i:03d}", "split": split} for i in range(count)]
 
 
-def run(out: Path, units: list[Unit], num_workers: int, factory: Callable[[], Maker] = Maker) -> dict:
-    run_units(units, factory=factory, contract=FEATURES, spec=TINY, out=str(out), num_workers=num_workers)
+def _made(factory: Callable[[], Maker], device: torch.device) -> Maker:
+    assert device == torch.device("cpu")
+    return factory()
+
+
+def run(out: Path, units: list[Unit], pool: Pool, factory: Callable[[], Maker] = Maker) -> dict:
+    make = partial(_made, factory)
+    run_units(units, pool, factory=make, contract=FEATURES, spec=TINY, out=str(out))
     return dataset_manifest(open_folder(out), FEATURES, TINY)
 
 
@@ -62,15 +69,15 @@ def test_units_hold_every_row_once_and_do_not_depend_on_order(rows: list[tuple[s
 
 def test_counts_add_up_and_an_interrupted_run_does_only_the_rest(tmp_path: Path) -> None:
     units = cut_units(clips(20) + clips(9, "val"), size=4)
-    whole = run(tmp_path / "whole", units, 0)
+    whole = run(tmp_path / "whole", units, HERE)
     assert whole["counts"] == {"in": 29, "out": 26, "rejected": 3}
-    first = run(tmp_path / "parts", units[:3], 0)
+    first = run(tmp_path / "parts", units[:3], HERE)
     assert first["counts"]["in"] == 12
     kept = {
         n: (tmp_path / f"parts/data/part-{n}.parquet").stat().st_ino
         for n in done_units(open_folder(tmp_path / "parts"))
     }
-    assert run(tmp_path / "parts", units, 0)["digest"] == whole["digest"]
+    assert run(tmp_path / "parts", units, HERE)["digest"] == whole["digest"]
     assert all((tmp_path / f"parts/data/part-{n}.parquet").stat().st_ino == inode for n, inode in kept.items())
 
 
@@ -79,8 +86,8 @@ def test_a_killed_actor_costs_nothing_and_one_or_two_workers_give_the_same_diges
     tmp_path: Path, ray_cluster: None
 ) -> None:
     units = cut_units(clips(16), size=4)
-    digest = run(tmp_path / "here", units, 0)["digest"]
-    killed = run(tmp_path / "killed", units, 2, partial(Maker, marker=str(tmp_path / "died")))
+    digest = run(tmp_path / "here", units, HERE)["digest"]
+    killed = run(tmp_path / "killed", units, Pool(num_workers=2), partial(Maker, marker=str(tmp_path / "died")))
     assert (tmp_path / "died").exists()
     assert killed["digest"] == digest
     assert killed["counts"] == {"in": 16, "out": 15, "rejected": 1}
@@ -89,7 +96,7 @@ def test_a_killed_actor_costs_nothing_and_one_or_two_workers_give_the_same_diges
 @pytest.mark.ray
 def test_what_a_worker_raises_arrives_as_itself(tmp_path: Path, ray_cluster: None) -> None:
     with pytest.raises(InputError, match="another size"):
-        run(tmp_path / "x", cut_units(clips(2)), 1, partial(Maker, raises=True))
+        run(tmp_path / "x", cut_units(clips(2)), Pool(num_workers=1), partial(Maker, raises=True))
 
 
 @pytest.mark.parametrize(("cpus", "workers"), [(1, 1), (2, 1), (2, 2), (2, 4), (8, 8), (64, 4)])

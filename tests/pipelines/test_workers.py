@@ -5,12 +5,14 @@ One group serves the whole file, as it serves a whole launch.
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from models.weights import load_weights
+from pipelines.data.units import HERE, Pool, cut_units
 from pipelines.errors import InputError, PipelineError
 from pipelines.training.journal import read_journal
 from pipelines.training.launch import fit
@@ -18,6 +20,8 @@ from pipelines.training.loop import TrainingOrder, TrainingResult
 from pipelines.training.options import TrainingOptions
 from pipelines.training.workers import OrderBook, WorkerGroup, warm_workers
 from tests.feature_factory import write_features
+from tests.pipelines.test_units import Maker, clips
+from tests.pipelines.test_units import run as run_test_units
 from tests.toy_objective import ToyObjective
 
 pytestmark = pytest.mark.ray
@@ -99,9 +103,29 @@ def test_a_worker_killed_in_the_middle_changes_nothing(features: str, group: Wor
         assert torch.equal(load_weights(tmp_path / "killed_run" / "toy.safetensors")[name], value)
 
 
+def test_units_done_by_the_group_are_those_done_here(group: WorkerGroup, tmp_path: Path) -> None:
+    units = cut_units(clips(13), size=2)
+    here = run_test_units(tmp_path / "here", units, HERE)
+    there = run_test_units(tmp_path / "there", units, Pool(num_workers=2, group=group))
+    assert (there["digest"], there["counts"]) == (here["digest"], {"in": 13, "out": 12, "rejected": 1})
+
+
+@pytest.mark.slow
+def test_units_are_finished_though_a_worker_dies_and_an_error_arrives_as_itself(
+    group: WorkerGroup, tmp_path: Path
+) -> None:
+    units, pool = cut_units(clips(13), size=2), Pool(num_workers=2, group=group)
+    mark = tmp_path / "died"
+    survived = run_test_units(tmp_path / "survived", units, pool, partial(Maker, marker=str(mark)))
+    assert mark.exists()
+    assert survived["digest"] == run_test_units(tmp_path / "here", units, HERE)["digest"]
+    with pytest.raises(InputError, match="another size"):
+        run_test_units(tmp_path / "error", units, pool, partial(Maker, raises=True))
+
+
 @pytest.mark.slow
 def test_a_defect_is_told_once_and_the_group_goes_on(features: str, group: WorkerGroup, tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="KeyError in a training worker: 'a defect in the objective'"):
+    with pytest.raises(PipelineError, match="KeyError in a worker: 'a defect in the objective'"):
         _fit(ToyObjective(features=features, defect_at=2), tmp_path / "defect", group)
     result, _ = _fit(ToyObjective(features=features), tmp_path / "next", group, steps=2)
     assert result.steps == 2
