@@ -133,13 +133,14 @@ def main(options: Options) -> int:
     from pipelines.cluster import connect
     from pipelines.evaluation.demo_summary import demo_summary, demo_table
     from pipelines.tracking import open_launch
-    from pipelines.training.workers import warm_workers
+    from pipelines.training.workers import IDLE_CPUS, warm_workers
 
     todo = steps(options)
     started = time.monotonic()
     with open_launch(options.out, "demo", params=vars(options), tags={}) as launch:
         if any(not _is_done(step) for step in todo):
-            with connect(num_cpus=options.num_workers), warm_workers(options.num_workers) as group:
+            warm = warm_workers(options.num_workers, cpus_per_worker=IDLE_CPUS)
+            with connect(num_cpus=options.num_workers), warm as group:
                 for step in todo:
                     _run(step, options, group)
         summary = demo_summary(options.out, rounds=options.rounds, seconds=_seconds(options))

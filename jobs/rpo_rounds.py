@@ -97,7 +97,9 @@ class Options(TrainingOptions):
     max_frechet_rise: float = 0.50
     """Gate: the Frechet distance may rise by less than this share."""
     num_workers: int = 2
-    """Ray Train workers that train and sample, with a GPU each where the cluster has them; 0: this process, no Ray."""
+    """Ray Train workers that train and sample; 0 works in this process without Ray."""
+    gpus_per_worker: Literal[0, 1] | None = None
+    """GPUs of a worker; None: one where the cluster has so many now. Give 1 on a cluster that grows from nothing."""
 
 
 def main(options: Options, group: "WorkerGroup | None" = None) -> int:
@@ -111,6 +113,7 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         return _print_plan(options, inputs, settings)
     resources = Resources(
         num_workers=options.num_workers,
+        gpus_per_worker=options.gpus_per_worker,
         max_reject_rate=options.max_reject_rate,
     )
     manifest = launch_rounds(

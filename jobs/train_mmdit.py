@@ -1,7 +1,7 @@
 """Train the MM-DiT by conditional flow matching: features -> the policy M_0."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jobs import cli
 from pipelines.training.options import TrainingOptions
@@ -29,6 +29,8 @@ class Options(TrainingOptions):
     """Split to validate on."""
     num_workers: int = 2
     """Ray Train workers; 0 trains in this process without Ray."""
+    gpus_per_worker: Literal[0, 1] | None = None
+    """GPUs of a worker; None: one where the cluster has so many now. Give 1 on a cluster that grows from nothing."""
     steps: int = 300_000
     """Optimizer steps."""
     batch_size: int = 512
@@ -55,7 +57,10 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         size=options.size,
         options=options.training(),
         launching=Launching(
-            num_workers=options.num_workers, group=group, options_yaml=cli.to_yaml("train_mmdit", options)
+            num_workers=options.num_workers,
+            gpus_per_worker=options.gpus_per_worker,
+            group=group,
+            options_yaml=cli.to_yaml("train_mmdit", options),
         ),
         init=options.init,
         train_split=options.split,

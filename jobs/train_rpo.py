@@ -40,6 +40,8 @@ class Options(TrainingOptions):
     """Steps between measurements of the gradients of both loss parts (one more forward, two backward); 0: never."""
     num_workers: int = 2
     """Ray Train workers; 0 trains in this process without Ray."""
+    gpus_per_worker: Literal[0, 1] | None = None
+    """GPUs of a worker; None: one where the cluster has so many now. Give 1 on a cluster that grows from nothing."""
     steps: int = 860
     """Optimizer steps of the round."""
     batch_size: int = 48
@@ -70,7 +72,10 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
             loser_clip=options.loser_clip,
         ),
         launching=Launching(
-            num_workers=options.num_workers, group=group, options_yaml=cli.to_yaml("train_rpo", options)
+            num_workers=options.num_workers,
+            gpus_per_worker=options.gpus_per_worker,
+            group=group,
+            options_yaml=cli.to_yaml("train_rpo", options),
         ),
         kind=options.objective,
         sdpo_mu=options.sdpo_mu,

@@ -1,7 +1,7 @@
 """Train SF-CAVP, the reward: features -> a calibrated reward with its acceptance gates."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jobs import cli
 from pipelines.training.options import TrainingOptions
@@ -29,6 +29,8 @@ class Options(TrainingOptions):
     """Share of the sounds that go through the codec in training, as everything does that the reward will rank."""
     num_workers: int = 2
     """Ray Train workers; 0 trains in this process without Ray."""
+    gpus_per_worker: Literal[0, 1] | None = None
+    """GPUs of a worker; None: one where the cluster has so many now. Give 1 on a cluster that grows from nothing."""
     steps: int = 100_000
     """Optimizer steps."""
     batch_size: int = 240
@@ -57,7 +59,10 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         size=options.size,
         options=options.training(),
         launching=Launching(
-            num_workers=options.num_workers, group=group, options_yaml=cli.to_yaml("train_sf_cavp", options)
+            num_workers=options.num_workers,
+            gpus_per_worker=options.gpus_per_worker,
+            group=group,
+            options_yaml=cli.to_yaml("train_sf_cavp", options),
         ),
         train_split=options.split,
         val_split=options.val_split,

@@ -241,7 +241,10 @@ def _run_on_ray_data(order: UnitOrder, pool: Pool, progress: Progress) -> None:
 def actor_cpus(total_cpus: float, num_workers: int) -> float:
     """CPU share of one actor, such that the pool never takes all of the cluster.
 
-    A pool that holds every CPU leaves none for the rest of the plan and hangs without a word.
+    A pool that holds every CPU leaves none for the rest of the plan and hangs without a word. A cluster that has no
+    CPU yet grows by what is asked for.
     """
+    if total_cpus < 1:
+        return 1.0
     share = 0.7 * total_cpus / num_workers
     return float(math.floor(share)) if share >= 2 else 1.0 if share >= 1 else max(math.floor(share * 100) / 100, 0.01)

@@ -93,6 +93,8 @@ class Resources:
 
     num_workers: int
     """Ray Train workers that train and sample; 0 works in this process, without Ray."""
+    gpus_per_worker: int | None = None
+    """0 or 1; None: one where the cluster has so many now."""
     max_reject_rate: float = 0.05
     track_launch: Callable[[StageContext], Tracker] = launch_tracker
     track_stage: Callable[[StageContext], Tracker] = stage_run
@@ -265,7 +267,7 @@ def _workers(stack: ExitStack, resources: Resources, group: WorkerGroup | None) 
     if group is not None or resources.num_workers == 0:
         return group
     stack.enter_context(connect())
-    return stack.enter_context(warm_workers(resources.num_workers))
+    return stack.enter_context(warm_workers(resources.num_workers, gpus_per_worker=resources.gpus_per_worker))
 
 
 def _gate_metrics(checks: list[dict[str, Any]]) -> dict[str, float]:

@@ -65,7 +65,7 @@ class Engine:
             lr=options.lr,
             betas=options.betas,
             eps=options.eps,
-            fused=world.device.type == "cuda",
+            fused=True,
         )
         with _plain_layout(list(trainee.parameters()), restore=options.zero_stage == 0):
             self._engine, *_ = deepspeed.initialize(

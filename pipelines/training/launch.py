@@ -10,7 +10,14 @@ from pipelines.training.workers import WorkerGroup, warm_workers
 from pipelines.training.world import Report, World
 
 
-def fit(order: TrainingOrder, *, num_workers: int, report: Report, group: WorkerGroup | None = None) -> TrainingResult:
+def fit(
+    order: TrainingOrder,
+    *,
+    num_workers: int,
+    report: Report,
+    gpus_per_worker: int | None = None,
+    group: WorkerGroup | None = None,
+) -> TrainingResult:
     """Train to the end, resuming whatever the order's folder holds.
 
     With a `group` its workers do it. Otherwise `num_workers` new ones; 0 runs in this process, without Ray, with the
@@ -19,7 +26,7 @@ def fit(order: TrainingOrder, *, num_workers: int, report: Report, group: Worker
     if group is not None:
         return group.run(order, report)
     if num_workers > 0:
-        with warm_workers(num_workers, cpus_per_worker=1) as own:
+        with warm_workers(num_workers, gpus_per_worker=gpus_per_worker) as own:
             return own.run(order, report)
     return _fit_here(order, report)
 

@@ -46,6 +46,8 @@ class Launching:
 
     num_workers: int
     """Ray Train workers; 0 trains in this process."""
+    gpus_per_worker: int | None = None
+    """0 or 1; None: one where the cluster has so many now."""
     group: WorkerGroup | None = None
     """A warm group to use instead of new workers."""
     options_yaml: str | None = None
@@ -239,7 +241,13 @@ def _train(
             seen = max(step, seen)
             tracker.metrics(step, _finite(metrics))
 
-        result = fit(order, num_workers=launching.num_workers, report=report, group=launching.group)
+        result = fit(
+            order,
+            num_workers=launching.num_workers,
+            gpus_per_worker=launching.gpus_per_worker,
+            report=report,
+            group=launching.group,
+        )
     # Whatever an attempt wrote and could not tell before it died; a step that was told is not doubled.
     for record in read_journal(folder / JOURNAL):
         tracker.metrics(int(record["step"] or 0), _finite(record))

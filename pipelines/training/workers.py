@@ -182,14 +182,19 @@ class WorkerGroup:
 
 @contextmanager
 def warm_workers(
-    num_workers: int, *, cpus_per_worker: float = IDLE_CPUS, max_failures: int = DEFAULT_MAX_FAILURES
+    num_workers: int,
+    *,
+    cpus_per_worker: float = 1,
+    gpus_per_worker: int | None = None,
+    max_failures: int = DEFAULT_MAX_FAILURES,
 ) -> Iterator[WorkerGroup]:
     """Keep a group of training workers inside the block; they start at once, in the background.
 
     Args:
-        num_workers: processes; with a GPU each where the cluster has that many, packed on few nodes; otherwise on
-            CPUs, spread over the nodes.
-        cpus_per_worker: what each reserves; give 1 to a group that nothing else runs beside.
+        num_workers: processes; with GPUs packed on few nodes, otherwise spread over the nodes.
+        cpus_per_worker: what each reserves; `IDLE_CPUS` for a group that lies idle while other stages run.
+        gpus_per_worker: 0 or 1; None is 1 where the cluster has so many now. With 1 the group waits for a cluster that
+            is still growing.
         max_failures: how often one training may lose its workers.
 
     Raises:
@@ -200,10 +205,11 @@ def warm_workers(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    gpu = cluster_gpus() >= num_workers
-    if cluster_cpus() < num_workers * cpus_per_worker:
+    gpu = cluster_gpus() >= num_workers if gpus_per_worker is None else gpus_per_worker > 0
+    if gpus_per_worker != 1 and cluster_cpus() < num_workers * cpus_per_worker:
         raise InputError(
-            f"--num-workers {num_workers}: the cluster has {cluster_cpus():g} CPUs and {cluster_gpus():g} GPUs"
+            f"--num-workers {num_workers}: the cluster has {cluster_cpus():g} CPUs and {cluster_gpus():g} GPUs; "
+            "on one that grows when asked, give --gpus-per-worker 1"
         )
     scratch = tempfile.mkdtemp(prefix="workers-")
     book: Any = ray.remote(OrderBook).options(num_cpus=0).remote(max_failures)

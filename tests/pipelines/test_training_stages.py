@@ -1,6 +1,7 @@
 """train_mmdit and train_sf_cavp as stages, on real rendered clips."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from models.policy import Policy
+from models.preference import PreferenceLossConfig
 from models.reward import Reward
+from models.weights import load_weights
 from pipelines.data.contracts import FEATURES, column_to_numpy
 from pipelines.data.store import Dataset, open_files
 from pipelines.errors import InputError, StageConflict
@@ -63,6 +66,32 @@ def test_init_starts_from_a_policy_and_inherits_its_transform(world: str, policy
         assert (out / name).read_bytes() == (Path(policy) / name).read_bytes()
     inputs = open_files(str(out), "checkpoint")[1]["inputs"]
     assert inputs["init"] == open_files(policy, "checkpoint")[1]["fingerprint"]
+
+
+@pytest.mark.parametrize("kind", ["sf_cavp", "mmdit", "rpo"])
+def test_bf16_trains_every_objective_near_its_float32_losses_and_keeps_float32_weights(
+    world: str, policy: str, tmp_path: Path, kind: str
+) -> None:
+    losses: dict[bool, list[float]] = {}
+    for bf16 in (False, True):
+        out, options = tmp_path / f"bf16_{bf16}", replace(FEW, steps=3, bf16=bf16)
+        if kind == "sf_cavp":
+            train_sf_cavp(features=world, out=str(out), size="tiny", options=options, launching=LAUNCHING)
+        elif kind == "mmdit":
+            train_mmdit(features=world, out=str(out), size="tiny", options=options, launching=LAUNCHING)
+        else:
+            pairs = str(tmp_path / "pairs")
+            if not bf16:
+                write_pairs(Path(pairs), 16, 2)
+            loss = PreferenceLossConfig(kappa=5.0, divide_by_kappa=True)
+            train_rpo(policy=policy, pairs=pairs, out=str(out), options=options, loss=loss, launching=LAUNCHING)
+        records = read_journal(out / "metrics.jsonl")
+        assert [record["skipped"] for record in records] == [0, 0, 0]
+        losses[bf16] = [float(record["loss"] or 0) for record in records]
+        for path in out.glob("*.safetensors"):
+            assert {value.dtype for value in load_weights(path).values()} == {torch.float32}
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.03)
 
 
 def test_a_checkpoint_of_another_world_size_is_named_and_not_half_loaded(world: str, tmp_path: Path) -> None:

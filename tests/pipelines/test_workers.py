@@ -18,7 +18,7 @@ from pipelines.training.journal import read_journal
 from pipelines.training.launch import fit
 from pipelines.training.loop import TrainingOrder, TrainingResult
 from pipelines.training.options import TrainingOptions
-from pipelines.training.workers import OrderBook, WorkerGroup, warm_workers
+from pipelines.training.workers import IDLE_CPUS, OrderBook, WorkerGroup, warm_workers
 from tests.feature_factory import write_features
 from tests.pipelines.test_units import Maker, clips
 from tests.pipelines.test_units import run as run_test_units
@@ -39,7 +39,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> str:
 def group(ray_cluster: None) -> Iterator[WorkerGroup]:
     # Workers must find the toy objective.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with warm_workers(2, max_failures=2) as warm:
+    with warm_workers(2, cpus_per_worker=IDLE_CPUS, max_failures=2) as warm:
         yield warm
 
 
