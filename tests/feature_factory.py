@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 
 from models.spec import SPECS, ClipSpec
-from pipelines.data.contracts import FEATURES, PAIRS, Contract, table_from_rows
+from pipelines.data.contracts import FEATURES, PAIRS, Contract
 from pipelines.data.storage import open_folder
 from pipelines.data.store import dataset_manifest, encode_part
+from pipelines.data.tables import table_from_rows
 from pipelines.stage import StageContext, run_stage
 
 TINY = SPECS["tiny"]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from models.weights import save_weights
-from pipelines.data.contracts import FEATURES, column_to_numpy
+from pipelines.data.contracts import FEATURES
+from pipelines.data.tables import column_to_numpy
 from pipelines.training.objective import Batch, DataRef, Draws, Exported, Gather, Trainee
 
 

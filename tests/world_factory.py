@@ -15,12 +15,13 @@ from models.encoders import build_encoders
 from models.policy import Policy
 from models.reward import Reward
 from models.sf_cavp import SF_CAVP_SIZES, SFCAVP
-from pipelines.data.contracts import FEATURES, column_to_numpy, table_from_rows
+from pipelines.data.contracts import FEATURES
 from pipelines.data.demo_world import DemoClip, render_clip
 from pipelines.data.frames import decode_frames
 from pipelines.data.media_write import encode_flac
 from pipelines.data.preprocess import encode_jpeg
 from pipelines.data.store import Dataset, files_manifest
+from pipelines.data.tables import column_to_numpy, table_from_rows
 from pipelines.stage import StageContext, run_stage
 from tests.feature_factory import TINY, write_dataset
 

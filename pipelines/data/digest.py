@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.contracts import Contract, column_to_numpy
+from pipelines.data.contracts import Contract
+from pipelines.data.tables import column_to_numpy
 
 ROW_HASHES = b"row_hashes"
 

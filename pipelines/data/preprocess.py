@@ -24,13 +24,14 @@ from PIL import Image
 from models.codec import build_codec
 from models.encoders import VideoGrid, build_encoders
 from models.spec import SPECS, ClipSpec
-from pipelines.data.contracts import FEATURES, REJECTS, table_from_rows
+from pipelines.data.contracts import FEATURES, REJECTS
 from pipelines.data.decoding import MAX_ATTEMPTS, RETRIED_REASONS, DecodeLimits, Decoder
 from pipelines.data.manifest import Entries, plan_windows
 from pipelines.data.media_write import encode_flac
 from pipelines.data.sound import wave_of
 from pipelines.data.source import LocalMedia, SourceReader
 from pipelines.data.store import Dataset, dataset_manifest
+from pipelines.data.tables import table_from_rows
 from pipelines.data.units import Pool, Unit, cut_units, run_units
 from pipelines.data.window import DecodedWindow, FrameGrid, WindowRequest
 from pipelines.devices import own_device

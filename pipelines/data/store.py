@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from models.spec import SPECS, ClipSpec
 from pipelines.data import digest
-from pipelines.data.contracts import CONTRACTS, REJECTS, Contract, conform
+from pipelines.data.contracts import CONTRACTS, REJECTS, Contract
 from pipelines.data.storage import Folder, open_folder
+from pipelines.data.tables import conform
 from pipelines.errors import ContractError, InputError
 
 MANIFEST = "manifest.json"

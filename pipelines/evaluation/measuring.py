@@ -12,11 +12,12 @@ from models.codec import Codec
 from models.policy import Policy
 from models.reward import Reward, RewardScore, refused
 from models.spec import ClipSpec
-from pipelines.data.contracts import REJECTS, SCORES, column_to_numpy, table_from_rows
+from pipelines.data.contracts import REJECTS, SCORES
 from pipelines.data.demo_world import Event
 from pipelines.data.frames import decode_frames
 from pipelines.data.media_write import decode_flac, encode_flac
 from pipelines.data.store import Dataset
+from pipelines.data.tables import column_to_numpy, table_from_rows
 from pipelines.data.units import Unit
 from pipelines.errors import MediaError
 from pipelines.evaluation.detector import BANDS, MatchCounts, detect, match

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.contracts import FEATURES, PAIRS, SCORES, Contract, column_to_numpy
+from pipelines.data.contracts import FEATURES, PAIRS, SCORES, Contract
 from pipelines.data.store import Dataset
+from pipelines.data.tables import column_to_numpy
 from pipelines.errors import InputError
 from pipelines.evaluation.shown_clips import row_groups_with
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from models.policy import Policy
 from models.reward import RewardScore
 from models.spec import ClipSpec
-from pipelines.data.contracts import PAIRS, REJECTS, column_to_numpy, table_from_rows
+from pipelines.data.contracts import PAIRS, REJECTS
 from pipelines.data.frames import decode_frames
 from pipelines.data.store import Dataset
+from pipelines.data.tables import column_to_numpy, table_from_rows
 from pipelines.data.units import Unit, unit_id
 from pipelines.errors import InputError, MediaError
 from pipelines.preferences.candidates import ConditionRow, Sampling, candidate_seeds, sample_candidates

@@ -16,8 +16,9 @@ from torch import Tensor
 from models.flow_matching import flow_matching_loss, interpolate, sample_condition_drops, sample_times
 from models.mmdit import SIZES
 from models.policy import Policy
-from pipelines.data.contracts import FEATURES, column_to_numpy
+from pipelines.data.contracts import FEATURES
 from pipelines.data.store import Dataset
+from pipelines.data.tables import column_to_numpy
 from pipelines.training.objective import Batch, DataRef, Draws, Exported, Gather, Trainee
 
 CONDITIONS = ("clip_features", "sync_features", "text_features")

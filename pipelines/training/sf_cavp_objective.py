@@ -22,9 +22,10 @@ from models.reward import Reward
 from models.sf_cavp import SAMPLE_RATE_HZ, SF_CAVP_SIZES, SFCAVP, parameter_groups
 from models.sf_cavp_losses import LOSS_CONFIGS, LossConfig, draw_uniforms, sf_cavp_loss
 from models.weights import load_strict, load_weights, save_weights
-from pipelines.data.contracts import FEATURES, column_to_numpy
+from pipelines.data.contracts import FEATURES
 from pipelines.data.media_write import decode_flac
 from pipelines.data.store import Dataset
+from pipelines.data.tables import column_to_numpy
 from pipelines.errors import ContractError, InputError
 from pipelines.evaluation.gates import measure
 from pipelines.evaluation.real_pairs import real_pairs

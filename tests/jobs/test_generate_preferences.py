@@ -10,8 +10,9 @@ import torch
 from jobs import cli
 from jobs.generate_preferences import Options, main
 from models.policy import Policy
-from pipelines.data.contracts import FEATURES, PAIRS, column_to_numpy
+from pipelines.data.contracts import FEATURES, PAIRS
 from pipelines.data.store import Dataset, read_manifest
+from pipelines.data.tables import column_to_numpy
 from pipelines.errors import InputError, Refused
 from pipelines.preferences.candidates import ConditionRow, Sampling, sample_candidates
 from tests.world_factory import write_policy, write_reward, write_world

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from models.spec import SPECS
-from pipelines.data.contracts import SCORES, table_from_rows
+from pipelines.data.contracts import SCORES
+from pipelines.data.tables import table_from_rows
 
 
 def candidate(

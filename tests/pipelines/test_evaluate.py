@@ -14,10 +14,11 @@ from PIL import Image
 
 from models.policy import Policy
 from models.spec import SPECS
-from pipelines.data.contracts import FEATURES, SCORES, table_from_rows
+from pipelines.data.contracts import FEATURES, SCORES
 from pipelines.data.demo_world import render_clip
 from pipelines.data.media_write import decode_flac
 from pipelines.data.store import Dataset
+from pipelines.data.tables import table_from_rows
 from pipelines.data.units import HERE, Pool
 from pipelines.errors import InputError, Refused
 from pipelines.evaluation.evaluate import EvaluationInputs, evaluate, measures, read_scores

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.data.contracts import FEATURES, PAIRS, SCORES, column_to_numpy
+from pipelines.data.contracts import FEATURES, PAIRS, SCORES
 from pipelines.data.store import Dataset
+from pipelines.data.tables import column_to_numpy
 from pipelines.evaluation.one_clip import read_row, row_table
 from tests.demo_factory import write_demo_features
 

@@ -6,7 +6,7 @@ import torch
 
 from models.codec import build_codec
 from models.spec import SPECS
-from pipelines.data.contracts import column_to_numpy
+from pipelines.data.tables import column_to_numpy
 from pipelines.training.batches import RowGroups
 from pipelines.training.objective import Draws
 from pipelines.training.sf_cavp_objective import SFCAVPObjective, decode_wave

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.contracts import FEATURES, PAIRS, REJECTS, table_from_rows
+from pipelines.data.contracts import FEATURES, PAIRS, REJECTS
 from pipelines.data.storage import open_folder
 from pipelines.data.store import Dataset, dataset_manifest, encode_part, files_manifest, open_files
+from pipelines.data.tables import table_from_rows
 from pipelines.data.units import commit_unit, cut_units
 from pipelines.errors import ContractError, InputError
 from pipelines.stage import StageContext, run_stage

@@ -12,8 +12,9 @@ from models.policy import Policy
 from models.preference import PreferenceLossConfig
 from models.reward import Reward
 from models.weights import load_weights
-from pipelines.data.contracts import FEATURES, column_to_numpy
+from pipelines.data.contracts import FEATURES
 from pipelines.data.store import Dataset, open_files
+from pipelines.data.tables import column_to_numpy
 from pipelines.errors import InputError, StageConflict
 from pipelines.evaluation.real_pairs import real_pairs
 from pipelines.tracking import SilentTracker

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.data.contracts import FEATURES, REJECTS, table_from_rows
+from pipelines.data.contracts import FEATURES, REJECTS
 from pipelines.data.storage import open_folder
 from pipelines.data.store import dataset_manifest
+from pipelines.data.tables import table_from_rows
 from pipelines.data.units import HERE, Pool, Unit, actor_cpus, cut_units, done_units, run_units
 from pipelines.errors import InputError
 from tests.pipelines.row_factory import TINY, make_row
