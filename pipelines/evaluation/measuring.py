@@ -12,12 +12,13 @@ from models.codec import Codec
 from models.policy import Policy
 from models.reward import Reward, RewardScore, refused
 from models.spec import ClipSpec
+from pipelines.data.clip_units import ClipReader, Place
 from pipelines.data.contracts import REJECTS, SCORES
 from pipelines.data.demo_world import Event
 from pipelines.data.frames import decode_frames
 from pipelines.data.media_write import decode_flac, encode_flac
 from pipelines.data.store import Dataset
-from pipelines.data.tables import column_to_numpy, table_from_rows
+from pipelines.data.tables import table_from_rows
 from pipelines.data.units import Unit
 from pipelines.errors import MediaError
 from pipelines.evaluation.detector import BANDS, MatchCounts, detect, match
@@ -147,14 +148,13 @@ class EvaluationWorker:
     """Turns units of clip ids into score rows, reading each clip from its row group."""
 
     def __init__(self, features: Dataset, measurer: ClipMeasurer) -> None:
-        self._features = features
+        self._reader = ClipReader(features)
+        self._spec = features.spec
         self._measurer = measurer
-        self._parts = {part.path: part for part in features.parts}
 
     def process(self, unit: Unit) -> tuple[pa.Table, pa.Table]:
         """Score rows of the unit's clips, and rejects for those whose stored media cannot be read."""
-        clip_ids = {row["clip_id"] for row in unit.rows}
-        clips = self._clips(unit.rows[0]["part"], unit.rows[0]["row_group"], COLUMNS, clip_ids)
+        clips = self._reader.read_unit(unit, COLUMNS)
         rows, rejects = [], []
         for wanted in unit.rows:
             clip = clips[wanted["clip_id"]]
@@ -171,33 +171,12 @@ class EvaluationWorker:
                         "attempts": 1,
                     }
                 )
-        spec = self._features.spec
-        return table_from_rows(rows, SCORES, spec), table_from_rows(rejects, REJECTS, spec)
+        return table_from_rows(rows, SCORES, self._spec), table_from_rows(rejects, REJECTS, self._spec)
 
     def _conditions(self, wanted: dict[str, Any], clip: dict[str, Any]) -> ConditionRow:
         """The clip's own conditions, or those of the clip that the plan names as donor."""
         giver = clip
         if "donor_clip_id" in wanted:
-            donor = wanted["donor_clip_id"]
-            columns = ("clip_id", *CONDITIONS)
-            giver = self._clips(wanted["donor_part"], wanted["donor_row_group"], columns, {donor})[donor]
+            donor, place = wanted["donor_clip_id"], Place(wanted["donor_part"], wanted["donor_row_group"])
+            giver = self._reader.read(place, {donor}, ("clip_id", *CONDITIONS))[donor]
         return ConditionRow(**{name: giver[name] for name in CONDITIONS})
-
-    def _clips(
-        self, part: str, row_group: int, columns: Sequence[str], clip_ids: set[str]
-    ) -> dict[str, dict[str, Any]]:
-        """Some clips of one row group by id; tensors as numpy arrays."""
-        table = self._features.read_row_group(self._parts[part], row_group, columns)
-        # An extension array cannot be filtered: rows are taken by slices.
-        chosen = [i for i, clip_id in enumerate(table["clip_id"].to_pylist()) if clip_id in clip_ids]
-        return {row["clip_id"]: row for row in (_row(table, index) for index in chosen)}
-
-
-def _row(table: pa.Table, index: int) -> dict[str, Any]:
-    one = table.slice(index, 1)
-    return {
-        name: column_to_numpy(one[name])[0]
-        if isinstance(one[name].type, pa.FixedShapeTensorType)
-        else one[name][0].as_py()
-        for name in one.column_names
-    }

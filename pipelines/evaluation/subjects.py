@@ -9,15 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipelines.data.clip_units import Place, clip_places, cut_places, draw_clips
 from pipelines.data.store import Dataset
-from pipelines.data.units import Unit, unit_id
+from pipelines.data.units import Unit
 from pipelines.errors import InputError
 from pipelines.preferences.candidates import Sampling
 from pipelines.preferences.pairs import stable_seed
 
 Subject = Literal["policy", "shuffled", "ground_truth", "inverted"]
-ROWS_PER_UNIT = 16
-"""Clips committed together: what a kill can cost a worker, and the grain of sharing among workers."""
 EVALUATION_ROUND = -1
 """Takes the place of a round in the seeds, so that no evaluation shares noise with a round of preferences."""
 
@@ -57,50 +56,27 @@ class EvaluationSettings:
 
 
 def plan_units(features: Dataset, settings: EvaluationSettings) -> list[Unit]:
-    """Cut the clips of the split into units, none across a row group; a function of dataset and settings alone.
+    """Cut the clips of the split into units; a function of dataset and settings alone.
 
-    Every row says where its clip lies and where the clip lies whose conditions it is given.
+    For `shuffled` every row also says where the clip lies whose conditions it is given.
 
     Raises:
         InputError: the split has no clips, or a single one where conditions are to be shuffled.
     """
-    groups = {
-        (part.path, index): features.read_row_group(part, index, ["clip_id"])["clip_id"].to_pylist()
-        for part in features.parts
-        if part.split == settings.split
-        for index in range(len(part.row_groups))
-    }
-    every = [clip_id for members in groups.values() for clip_id in members]
+    places = clip_places(features, settings.split)
+    every = [clip_id for members in places.values() for clip_id in members]
     if not every:
         raise InputError(
             f"{features.folder.uri} has no clips of split '{settings.split}'; it has {features.splits or 'no rows'}"
         )
     if settings.subject == "shuffled" and len(every) < 2:
         raise InputError(f"split '{settings.split}' has one clip: there are no other conditions to give it")
-    donors = _donors(groups, settings.seed)
-    chosen = _sample_clips(every, settings)
-    units: list[Unit] = []
-    for (path, index), group in groups.items():
-        clip_ids = sorted(chosen.intersection(group))
-        for start in range(0, len(clip_ids), ROWS_PER_UNIT):
-            members = clip_ids[start : start + ROWS_PER_UNIT]
-            rows = tuple(
-                {"clip_id": clip_id, "part": path, "row_group": index}
-                | (donors[clip_id] if settings.subject == "shuffled" else {})
-                for clip_id in members
-            )
-            units.append(Unit(unit_id=unit_id(settings.split, len(units), members), split=settings.split, rows=rows))
-    return units
+    chosen = draw_clips(every, settings.max_clips, lambda clip_id: stable_seed(settings.seed, "evaluated", clip_id))
+    donors = _donors(places, settings.seed) if settings.subject == "shuffled" else {}
+    return cut_places(places, chosen, settings.split, donors)
 
 
-def _sample_clips(clip_ids: list[str], settings: EvaluationSettings) -> set[str]:
-    if settings.max_clips is None:
-        return set(clip_ids)
-    lots = {clip_id: stable_seed(settings.seed, "evaluated", clip_id) for clip_id in clip_ids}
-    return set(sorted(clip_ids, key=lots.__getitem__)[: settings.max_clips])
-
-
-def _donors(groups: dict[tuple[str, int], list[str]], seed: int) -> dict[str, dict[str, Any]]:
+def _donors(groups: dict[Place, list[str]], seed: int) -> dict[str, dict[str, Any]]:
     """For each clip another one whose conditions it gets: a seeded derangement inside its row group.
 
     Inside, so that a worker reads one row group; a group of one clip borrows from a neighbouring group.
@@ -112,9 +88,13 @@ def _donors(groups: dict[tuple[str, int], list[str]], seed: int) -> dict[str, di
             place = places[number - 1]
             givers = [groups[place][0]]
         else:
-            givers = derangement(members, stable_seed(seed, "shuffle", *place))
+            givers = derangement(members, stable_seed(seed, "shuffle", place.part, place.row_group))
         for clip_id, giver in zip(members, givers, strict=True):
-            donors[clip_id] = {"donor_clip_id": giver, "donor_part": place[0], "donor_row_group": place[1]}
+            donors[clip_id] = {
+                "donor_clip_id": giver,
+                "donor_part": place.part,
+                "donor_row_group": place.row_group,
+            }
     return donors
 
 

@@ -5,7 +5,6 @@ kept of the two chosen sounds only. A clip whose pair is dropped stays in the da
 """
 
 import random
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch import Tensor
 from models.policy import Policy
 from models.reward import RewardScore
 from models.spec import ClipSpec
+from pipelines.data.clip_units import ClipReader, clip_places, cut_places, draw_clips
 from pipelines.data.contracts import PAIRS, REJECTS
 from pipelines.data.frames import decode_frames
 from pipelines.data.store import Dataset
-from pipelines.data.tables import column_to_numpy, table_from_rows
-from pipelines.data.units import Unit, unit_id
+from pipelines.data.tables import table_from_rows
+from pipelines.data.units import Unit
 from pipelines.errors import InputError, MediaError
 from pipelines.preferences.candidates import ConditionRow, Sampling, candidate_seeds, sample_candidates
 from pipelines.preferences.distortions import distort
@@ -37,10 +37,7 @@ from pipelines.preferences.pairs import (
 from pipelines.preferences.ranking import Ranker, as_contenders, reward_struct
 
 STAGE = "generate_preferences"
-ROWS_PER_UNIT = 16
-"""Clips committed together: what a kill can cost a worker, and the grain of sharing among workers."""
-TENSORS = ("clip_features", "sync_features", "text_features", "latent_mean")
-COLUMNS = ("clip_id", "source", "frames", *TENSORS)
+COLUMNS = ("clip_id", "source", "frames", "clip_features", "sync_features", "text_features", "latent_mean")
 NO_SOUND = "none"
 """Origin of winner and loser where no pair could be formed; its latents are zeros."""
 
@@ -93,32 +90,18 @@ class PairSettings:
 
 
 def plan_units(features: Dataset, split: str, settings: PairSettings) -> list[Unit]:
-    """Cut the clips of a split into units, none across a row group; a function of dataset and settings alone.
+    """Cut the clips of a split into units; a function of dataset and settings alone.
 
     With `max_clips` a seeded sample is taken, another one each round.
     """
-    groups = [
-        (part.path, index, features.read_row_group(part, index, ["clip_id"])["clip_id"].to_pylist())
-        for part in features.parts
-        if part.split == split
-        for index in range(len(part.row_groups))
-    ]
-    chosen = _sample_clips([clip_id for _, _, members in groups for clip_id in members], settings)
-    units = []
-    for path, index, group in groups:
-        clip_ids = sorted(chosen.intersection(group))
-        for start in range(0, len(clip_ids), ROWS_PER_UNIT):
-            members = clip_ids[start : start + ROWS_PER_UNIT]
-            rows = tuple({"clip_id": clip_id, "part": path, "row_group": index} for clip_id in members)
-            units.append(Unit(unit_id=unit_id(split, len(units), members), split=split, rows=rows))
-    return units
-
-
-def _sample_clips(clip_ids: Sequence[str], settings: PairSettings) -> set[str]:
-    if settings.max_clips is None:
-        return set(clip_ids)
-    lots = {clip_id: stable_seed(settings.seed, "clips", settings.round_index, clip_id) for clip_id in clip_ids}
-    return set(sorted(clip_ids, key=lots.__getitem__)[: settings.max_clips])
+    places = clip_places(features, split)
+    every = [clip_id for members in places.values() for clip_id in members]
+    chosen = draw_clips(
+        every,
+        settings.max_clips,
+        lambda clip_id: stable_seed(settings.seed, "clips", settings.round_index, clip_id),
+    )
+    return cut_places(places, chosen, split)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +127,7 @@ class PairMaker:
         self._settings = settings
 
     def row(self, clip: dict[str, Any]) -> dict[str, Any]:
-        """A features row as `read_clips` gives it -> the pair's columns but its lineage.
+        """A features row as `ClipReader` gives it -> the pair's columns but its lineage.
 
         Raises MediaError where the clip itself cannot be used.
         """
@@ -175,11 +158,11 @@ class PairMaker:
         truth = torch.from_numpy(clip["latent_mean"])
         origins, sounds, seeds = self._opponents(clip, truth, mode)
         video = self._ranker.look(decode_frames(clip["frames"]))
-        scores = self._ranker.score(video, sounds)
-        truth_scores = self._ranker.score(video, truth[None])
+        # In one call: the codec and the reward take hardly longer for one sound more.
+        truth_score, *scores = self._ranker.score(video, torch.cat([truth[None], sounds]))
         choice = choose(
             mode,
-            as_contenders([GROUND_TRUTH], truth_scores, truth[None])[0],
+            as_contenders([GROUND_TRUTH], [truth_score], truth[None])[0],
             as_contenders(origins, scores, sounds),
             settings.margin,
             settings.choice_rng(clip_id),
@@ -187,7 +170,7 @@ class PairMaker:
         return _Judged(
             choice=choice,
             latents={GROUND_TRUTH: truth.numpy(), **dict(zip(origins, sounds.numpy(), strict=True))},
-            truth_score=truth_scores[0],
+            truth_score=truth_score,
             candidate_scores=scores if seeds else [],
             seeds=seeds,
         )
@@ -208,36 +191,21 @@ class PairMaker:
         return [f"candidate_{index}" for index in range(len(seeds))], sounds, seeds
 
 
-def read_clips(features: Dataset, unit: Unit) -> Iterator[dict[str, Any]]:
-    """The unit's features rows in its order; tensors as numpy arrays, the rest as Python values."""
-    tables: dict[tuple[str, int], pa.Table] = {}
-    parts = {part.path: part for part in features.parts}
-    for row in unit.rows:
-        place = (row["part"], row["row_group"])
-        if place not in tables:
-            tables[place] = features.read_row_group(parts[row["part"]], row["row_group"], COLUMNS)
-        table = tables[place]
-        index = table["clip_id"].to_pylist().index(row["clip_id"])
-        one = table.slice(index, 1)
-        yield {
-            name: np.array(column_to_numpy(one[name])[0]) if name in TENSORS else one[name][0].as_py()
-            for name in COLUMNS
-        }
-
-
 class PairWorker:
     """Pairs of a unit's clips, one clip a call; a clip that cannot be used becomes a reject."""
 
     def __init__(self, maker: PairMaker, features: Dataset, lineage: dict[str, Any]) -> None:
         """`lineage` holds the columns policy, reward_model and round."""
         self._maker = maker
-        self._features = features
+        self._reader = ClipReader(features)
+        self._spec = features.spec
         self._lineage = lineage
 
     def process(self, unit: Unit) -> tuple[pa.Table, pa.Table]:
         """Rows and rejects of the unit; see `pipelines.data.units.UnitWorker`."""
         rows, rejects = [], []
-        for clip in read_clips(self._features, unit):
+        clips = self._reader.read_unit(unit, COLUMNS)
+        for clip in (clips[row["clip_id"]] for row in unit.rows):
             try:
                 rows.append({**self._maker.row(clip), **self._lineage})
             except MediaError as error:
@@ -251,5 +219,4 @@ class PairWorker:
                         "attempts": 1,
                     }
                 )
-        spec = self._features.spec
-        return table_from_rows(rows, PAIRS, spec), table_from_rows(rejects, REJECTS, spec)
+        return table_from_rows(rows, PAIRS, self._spec), table_from_rows(rejects, REJECTS, self._spec)

@@ -1,0 +1,88 @@
+"""Clips of a finished dataset cut into units that a worker can read: none across a row group, each row with its place.
+
+Candidates are sampled and models are measured clip by clip from such units; both read a clip back by its place and id.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.data.store import Dataset
+from pipelines.data.tables import column_to_numpy
+from pipelines.data.units import Unit, unit_id
+
+ROWS_PER_UNIT = 16
+"""Clips committed together: what a kill can cost a worker, and the grain of sharing among workers."""
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A row group: the path of its part, and its index there."""
+
+    part: str
+    row_group: int
+
+
+def clip_places(features: Dataset, split: str) -> dict[Place, list[str]]:
+    """The clip ids of every row group of a split, in the dataset's order."""
+    return {
+        Place(part.path, index): features.read_row_group(part, index, ["clip_id"])["clip_id"].to_pylist()
+        for part in features.parts
+        if part.split == split
+        for index in range(len(part.row_groups))
+    }
+
+
+def draw_clips(clip_ids: Sequence[str], count: int | None, lot: Callable[[str], int]) -> set[str]:
+    """The `count` clips of the lowest lots, or all of them."""
+    return set(clip_ids) if count is None else set(sorted(clip_ids, key=lot)[:count])
+
+
+def cut_places(
+    places: Mapping[Place, Sequence[str]],
+    chosen: Collection[str],
+    split: str,
+    more: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Unit]:
+    """Units of the chosen clips; a row is clip_id, part and row_group, and what `more` has for the clip."""
+    units: list[Unit] = []
+    for place, clip_ids in places.items():
+        mine = sorted(set(clip_ids).intersection(chosen))
+        for start in range(0, len(mine), ROWS_PER_UNIT):
+            members = mine[start : start + ROWS_PER_UNIT]
+            rows = tuple({"clip_id": clip_id, **vars(place), **(more or {}).get(clip_id, {})} for clip_id in members)
+            units.append(Unit(unit_id=unit_id(split, len(units), members), split=split, rows=rows))
+    return units
+
+
+class ClipReader:
+    """Reads clips of a dataset by place and id."""
+
+    def __init__(self, features: Dataset) -> None:
+        self._features = features
+        self._parts = {part.path: part for part in features.parts}
+
+    def read(self, place: Place, clip_ids: Collection[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Some clips of one row group by id; tensors as numpy arrays of their own, the rest as Python values."""
+        table = self._features.read_row_group(self._parts[place.part], place.row_group, columns)
+        # An extension array cannot be filtered: rows are taken by slices.
+        chosen = [i for i, clip_id in enumerate(table["clip_id"].to_pylist()) if clip_id in clip_ids]
+        return {row["clip_id"]: row for row in (_row(table.slice(index, 1)) for index in chosen)}
+
+    def read_unit(self, unit: Unit, columns: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The clips of a unit, which lie in one row group, by id."""
+        first = unit.rows[0]
+        place = Place(first["part"], first["row_group"])
+        return self.read(place, {row["clip_id"] for row in unit.rows}, columns)
+
+
+def _row(one: pa.Table) -> dict[str, Any]:
+    return {
+        name: np.array(column_to_numpy(one[name])[0])
+        if isinstance(one[name].type, pa.FixedShapeTensorType)
+        else one[name][0].as_py()
+        for name in one.column_names
+    }
