@@ -254,10 +254,28 @@ def sf_cavp_loss(
     gather: Gather,
     config: LossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the loss (scalar) and detached metrics of one rank's samples; shapes as in `make_views`, B even."""
-    views = make_views(model, frames, waves, u, config)
-    video = model.encode_video(views.frames)
-    offset_sound, sounds = _encode_sounds(model, views)
+    """Compute the loss (scalar) and detached metrics of one rank's samples; shapes as in `make_views`, B even.
+
+    Under autocast the encoders alone run in its dtype: spectrograms and similarities, which are multiplied by up to 100
+    before the softmax, need float32.
+    """
+    with torch.autocast(frames.device.type, enabled=False):
+        views = make_views(model, frames, waves, u, config)
+    streams = (model.encode_video(views.frames), *_encode_sounds(model, views))
+    with torch.autocast(frames.device.type, enabled=False):
+        video, offset_sound, sounds = (Streams(slow.float(), fast.float()) for slow, fast in streams)
+        return _losses(model, views, video, offset_sound, sounds, gather, config)
+
+
+def _losses(
+    model: SFCAVP,
+    views: TrainingViews,
+    video: Streams,
+    offset_sound: Streams,
+    sounds: Streams,
+    gather: Gather,
+    config: LossConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
     scale_slow, scale_fast = model.scales()
     num_sounds = views.sounds.shape[1]
     without_edits = 1 + config.num_edits - num_sounds

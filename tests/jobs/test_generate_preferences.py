@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -234,10 +235,7 @@ def test_a_checkpoint_of_the_other_kind_is_refused(world: Path, tmp_path: Path, 
 
 
 def test_a_constant_reward_gives_no_pair(world: Path, tmp_path: Path) -> None:
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for path in (world / "reward").iterdir():
-        (flat / path.name).write_bytes(path.read_bytes())
+    flat = Path(shutil.copytree(world / "reward", tmp_path / "flat"))
     config = json.loads((flat / "config.json").read_text())
     config["calibration"] |= {"semantic_weight": 0.0, "temporal_weight": 0.0}
     (flat / "config.json").write_text(json.dumps(config))

@@ -137,7 +137,7 @@ def test_a_dry_run_prints_plan_and_cost_and_touches_nothing(
     assert lines[0] == f"rpo_rounds: run, {out}"
     # 2 rounds x 6 clips + 3 evaluations x 4 clips; 2 candidates a clip; 2 network calls a clip; 2 x 2 x 2 steps
     assert "24 clips, 48 candidates, 24 sampler calls (48 network calls), 8 training steps" in lines[-1]
-    assert list(tmp_path.iterdir()) == [tmp_path / "launch"]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,8 @@ def test_a_fresh_network_is_the_zero_field_and_its_weights_repeat_from_a_seed() 
     )
     assert torch.isnan(network.latent_mean).all()
     weight = network.get_parameter("clip_cond_proj.weight")
-    assert weight.abs().max().item() == pytest.approx((6 / (96 + 96)) ** 0.5, rel=0.01)  # the Xavier-uniform bound
+    xavier_bound = (6 / (2 * SIZES["tiny"].hidden_dim)) ** 0.5
+    assert weight.abs().max().item() == pytest.approx(xavier_bound, rel=0.01)
 
 
 def test_v2_differs_from_v1_in_activations_names_and_time_features() -> None:

@@ -27,6 +27,10 @@ def stage(out: Path, calls: list[str], config: dict | None = None, fail: bool = 
     return outcome
 
 
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_the_four_outcomes_run_resume_skip_and_refuse(tmp_path: Path) -> None:
     calls: list[str] = []
     with pytest.raises(KeyboardInterrupt):
@@ -46,10 +50,10 @@ def test_unfinished_work_of_other_settings_is_refused_and_left_alone(tmp_path: P
     calls: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         stage(tmp_path / "a", calls, fail=True)
-    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    before = files_of(tmp_path / "a")
     with pytest.raises(StageConflict, match="steps"):
         stage(tmp_path / "a", calls, {"steps": 4})
-    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+    assert files_of(tmp_path / "a") == before
 
 
 def test_a_folder_with_foreign_files_is_not_written_into(tmp_path: Path) -> None:
