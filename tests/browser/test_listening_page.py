@@ -45,9 +45,13 @@ videos[1].addEventListener('timeupdate', () => {
   if (videos[1].currentTime > 0 && videos[0].paused)
     tell('first=' + videos[0].currentTime + '&second=' + videos[1].currentTime);
 });
-videos[0].play()
-  .then(() => setTimeout(() => cards[1].querySelector('.timeline').click(), 300))
-  .catch((error) => tell('error=' + encodeURIComponent(error)));
+const click = () => {
+  if (videos[0].currentTime === 0) return;
+  videos[0].removeEventListener('timeupdate', click);
+  cards[1].querySelector('.timeline').click();
+};
+videos[0].addEventListener('timeupdate', click);
+videos[0].play().catch((error) => tell('error=' + encodeURIComponent(error)));
 </script></body>"""
 PLAY_LIMIT_S = 90.0
 
