@@ -42,6 +42,13 @@ class Options:
     """GPUs that a worker holds; 0 works on CPUs."""
     max_reject_rate: float = 0.05
     """Share of clips that may be rejected."""
+    external_generated: cli.StoragePath | None = None
+    """Folder of embeddings and logits that your own evaluation networks made of these sounds, `<kind>.parquet`, `.npz`
+    or `.safetensors`: MMAudio's columns are printed as well."""
+    external_reference: cli.StoragePath | None = None
+    """The same of the real sounds; of ImageBind, those of the pictures."""
+    vggss: cli.StoragePath | None = None
+    """vggss.json, or a file with one id a line: MMAudio's columns are given again without these clips."""
 
     def __post_init__(self) -> None:
         needs_policy = self.subject in ("policy", "shuffled")
@@ -58,6 +65,10 @@ class Options:
         )
         cli.require(self.max_clips is None or self.max_clips >= 1, "--max-clips must be at least 1")
         cli.require(self.num_workers >= 0 and self.gpus_per_worker >= 0, "--num-workers and --gpus-per-worker: from 0")
+        cli.require(
+            self.external_generated is not None or (self.external_reference is None and self.vggss is None),
+            "--external-reference and --vggss need --external-generated",
+        )
 
 
 def main(options: Options, group: "WorkerGroup | None" = None) -> int:
@@ -78,6 +89,8 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         max_clips=options.max_clips,
     )
     inputs = EvaluationInputs(features=options.features, reward=options.reward, policy=options.policy)
+    # Before the work: a file that cannot be used is told at once.
+    external = _external_columns(options)
     evaluate(
         inputs,
         settings,
@@ -87,7 +100,20 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         options_yaml=cli.to_yaml("evaluate", options),
     )
     print(plain_text(summarise({options.subject: read_scores(options.out)[0]})), end="")
+    print(external, end="")
     return 0
+
+
+def _external_columns(options: Options) -> str:
+    """MMAudio's columns as text; empty without files of embeddings and logits."""
+    if options.external_generated is None:
+        return ""
+    from pipelines.evaluation.external import files_in, read_ids
+    from pipelines.evaluation.external_columns import mmaudio_columns
+
+    vgg_ss_ids = None if options.vggss is None else read_ids(options.vggss)
+    files = files_in(options.external_generated, options.external_reference)
+    return "\n" + mmaudio_columns(files, vgg_ss_ids=vgg_ss_ids).to_text()
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ def inception_score(logits: np.ndarray) -> tuple[float, float]:
     for i in range(INCEPTION_SPLITS):
         part = shuffled[i * count // INCEPTION_SPLITS : (i + 1) * count // INCEPTION_SPLITS]
         probability = np.exp(part)
-        marginal = np.log(probability.mean(axis=0, keepdims=True))
+        # By logarithms: a label that no clip of the part has would underflow to log 0.
+        marginal = np.logaddexp.reduce(part, axis=0, keepdims=True) - np.log(len(part))
         scores.append(np.exp((probability * (part - marginal)).sum(axis=1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 

@@ -6,14 +6,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jobs import cli
-from jobs.evaluate import Options
+from jobs.evaluate import Options, main
 from pipelines.data.contracts import SCORES
 from pipelines.data.store import Dataset
 from pipelines.errors import InputError
 from tests.demo_factory import write_demo_features, write_untrained_policy, write_untrained_reward
+from tests.pipelines.external_factory import clip_names, write_external
 
 NEEDED = ("--reward", "r", "--features", "f", "--out", "o")
 
@@ -53,6 +55,33 @@ def test_an_input_that_is_not_there_is_one_line_and_exit_2(tmp_path: Path) -> No
     assert f"{tmp_path / 'f'} does not exist" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "o").exists()
+
+
+def test_columns_of_outside_networks_are_printed_with_and_without_vgg_ss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features, reward = write_demo_features(tmp_path / "features", {"test": 4}), write_untrained_reward(tmp_path / "r")
+    rng = np.random.default_rng(0)
+    names, embeddings = clip_names(12), rng.normal(size=(12, 5))
+    for side in ("made", "real"):
+        write_external(tmp_path / side / "imagebind_embeddings.npz", names, embeddings)
+    (tmp_path / "ids.txt").write_text("\n".join(names[:3]))
+    words = [
+        *("--subject", "ground_truth", "--num-workers", "0", "--features", str(features), "--reward", str(reward)),
+        *("--external-generated", str(tmp_path / "made"), "--external-reference", str(tmp_path / "real")),
+        *("--vggss", str(tmp_path / "ids.txt")),
+    ]
+    assert main(parse(*words, "--out", str(tmp_path / "scores"))) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("IB-score"))
+    # Value, clips, missing, extra; of all clips and of those outside VGG-SS.
+    values = [float(word) for word in line.split()[2:]]
+    assert values == [100.0, 12, 0, 0, 100.0, 9, 0, 0]
+    (tmp_path / "made" / "imagebind_embeddings.npz").write_bytes(b"no archive")
+    with pytest.raises(InputError, match="it is no npz archive"):
+        main(parse(*words, "--out", str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(InputError, match="--external-generated"):
+        parse(*NEEDED, "--subject", "ground_truth", "--vggss", "ids")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from safetensors.numpy import load_file
 
 from pipelines.data.demo_world import render_clip
 from pipelines.evaluation.metrics import (
+    INCEPTION_SPLITS,
     MEL_FLOOR_DB,
     MelMeasure,
     audio_statistics,
@@ -133,3 +134,10 @@ def test_the_frechet_distance_of_statistics_rises_when_a_kind_of_sound_is_missin
     dull = np.stack([audio_statistics(p) for p in measure.picture(np.fft.irfft(spectrum))])
     halves = frechet_distance(real[:12], real[12:])
     assert frechet_distance(real, dull) > halves
+
+
+def test_the_inception_score_of_clips_that_are_sure_of_different_labels_is_their_number() -> None:
+    # Logits so far apart that a label's probability is 0 in float64 wherever it is not the clip's own.
+    logits = np.tile(2000.0 * np.eye(4), (INCEPTION_SPLITS * 25, 1))
+    mean, _ = inception_score(logits)
+    assert 3.5 < mean <= 4.0
