@@ -1,4 +1,4 @@
-"""Weights in and out: the one module of this layer that touches files. Safetensors only, plus public `.pth` imports.
+"""Weights in and out: the one module of this layer that touches files. Safetensors only.
 
 Loads are strict: every missing, unknown or differently shaped name is in the error.
 """
@@ -34,18 +34,6 @@ def load_weights(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or export it again") from error
-
-
-def load_public_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read a public `.pth` state dict (weights only, nothing in it is executed) or a safetensors file."""
-    if path.suffix == ".safetensors":
-        return load_weights(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no plain state dict of tensors; give the public inference weights")
-    return state
 
 
 def without_legacy_mmdit_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

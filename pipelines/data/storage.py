@@ -4,6 +4,7 @@ Local writes go to a temporary name in the same folder, are flushed and renamed,
 is whole; on an object store one put has the same effect.
 """
 
+import hashlib
 import os
 import uuid
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pyarrow.fs as pafs
 from pipelines.errors import EnvironmentFailed, InputError
 
 TEMPORARY_SUFFIX = ".tmp"
+PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,14 @@ class Folder:
         """Whole content of a file."""
         with self.filesystem.open_input_stream(self.join(name)) as stream:
             return stream.read()
+
+    def sha256(self, name: str) -> str:
+        """Hash of a file, read in pieces: a checkpoint may be larger than what is left of the memory."""
+        found = hashlib.sha256()
+        with self.filesystem.open_input_stream(self.join(name)) as stream:
+            while piece := stream.read(PIECE_BYTES):
+                found.update(piece)
+        return found.hexdigest()
 
     def write_bytes(self, name: str, content: bytes, *, only_if_absent: bool = False) -> None:
         """Write a file that becomes visible only when complete.

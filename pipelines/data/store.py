@@ -262,11 +262,7 @@ def _checked(contract: Contract, columns: Sequence[str] | None) -> list[str] | N
 
 def files_manifest(folder: Folder, names: Sequence[str]) -> list[dict[str, Any]]:
     """Manifest entries (path, bytes, sha256) of files of an artifact that is not a dataset."""
-    entries = []
-    for name in sorted(names):
-        content = folder.read_bytes(name)
-        entries.append({"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
-    return entries
+    return [{"path": name, "bytes": folder.size_bytes(name), "sha256": folder.sha256(name)} for name in sorted(names)]
 
 
 def open_files(location: str, kind: str) -> tuple[Folder, dict[str, Any]]:
@@ -281,8 +277,7 @@ def open_files(location: str, kind: str) -> tuple[Folder, dict[str, Any]]:
     for entry in manifest["files"]:
         if folder.size_bytes(entry["path"]) is None:
             raise ContractError(f"{folder.uri}/{entry['path']} is missing; make the artifact again")
-        found = hashlib.sha256(folder.read_bytes(entry["path"])).hexdigest()
-        if found != entry["sha256"]:
+        if folder.sha256(entry["path"]) != entry["sha256"]:
             raise ContractError(f"{folder.uri}/{entry['path']} does not have the manifest's sha256; it was altered")
     return folder, manifest
 

@@ -7,7 +7,6 @@ from torch import nn
 from models.mmdit import MMDiT
 from models.weights import (
     load_config,
-    load_public_checkpoint,
     load_strict,
     load_weights,
     save_config,
@@ -61,26 +60,18 @@ def test_a_strict_load_names_what_is_missing_unknown_and_misshapen_in_one_line()
     assert "\n" not in message
 
 
-def test_an_old_public_checkpoint_loads_strictly_once_its_tables_are_dropped(tmp_path: Path) -> None:
+def test_an_old_public_checkpoint_loads_strictly_once_its_tables_are_dropped() -> None:
     source = golden_network()
     old = dict(source.state_dict()) | {
         "t_embed.freqs": torch.zeros(128),
         "latent_rot": torch.zeros(1, 50, 16, 2, 2),
         "clip_rot": torch.zeros(1, 13, 16, 2, 2),
     }
-    torch.save(old, tmp_path / "old.pth")
-    state = load_public_checkpoint(tmp_path / "old.pth")
     network = MMDiT(TINY_V1)
     with pytest.raises(ValueError, match=r"3 unknown: clip_rot, latent_rot, t_embed\.freqs"):
-        load_strict(network, state, "old.pth")
-    load_strict(network, without_legacy_mmdit_keys(state), "old.pth")
+        load_strict(network, old, "old.pth")
+    load_strict(network, without_legacy_mmdit_keys(old), "old.pth")
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), source.parameters(), strict=True))
-
-
-def test_a_training_checkpoint_is_no_public_state_dict(tmp_path: Path) -> None:
-    torch.save({"weights": {"a": torch.zeros(1)}, "it": 3}, tmp_path / "ckpt.pth")
-    with pytest.raises(ValueError, match="no plain state dict"):
-        load_public_checkpoint(tmp_path / "ckpt.pth")
 
 
 def test_a_config_says_what_the_weights_are(tmp_path: Path) -> None:
