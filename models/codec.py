@@ -4,6 +4,7 @@ Legend: B clips, S samples, N latent tokens, C channels, M mel bins, F mel frame
 """
 
 import math
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -33,8 +34,8 @@ class Codec(Protocol):
         ...
 
 
-def build_codec(spec_name: str, device: torch.device | str = "cpu") -> Codec:
-    """The codec of a clip spec, on `device`.
+def build_codec(spec_name: str, device: torch.device | str = "cpu", weights: Path | None = None) -> Codec:
+    """The codec of a clip spec, on `device`; `weights` is the folder of its networks, where it has some.
 
     Raises:
         ValueError: the spec has no codec that works without weights.

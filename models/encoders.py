@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -34,6 +35,10 @@ class ClipEncoders(Protocol):
         """
         ...
 
+    def encode_text(self, caption: str) -> np.ndarray:
+        """`text_features` alone, float16 [Lt, Dt]."""
+        ...
+
 
 class GridEncoder:
     """The demo world's encoders: colour grids, their differences, and hashed words. No weights."""
@@ -54,28 +59,39 @@ class GridEncoder:
         if frames.shape != expected or frames.dtype != np.uint8:
             raise ValueError(f"frames are {frames.dtype} {frames.shape}, encoders 'grids' want uint8 {expected}")
         semantic, timing = encode_frames(frames)
-        text = encode_caption(caption, self.spec.text_len, self.spec.text_dim)
         return {
             "clip_features": semantic.astype(np.float16),
             "sync_features": timing[: self.spec.sync_len].astype(np.float16),
-            "text_features": text.astype(np.float16),
+            "text_features": self.encode_text(caption),
         }
 
+    def encode_text(self, caption: str) -> np.ndarray:
+        """See `ClipEncoders.encode_text`."""
+        return encode_caption(caption, self.spec.text_len, self.spec.text_dim).astype(np.float16)
 
-def _grids(spec: ClipSpec, device: torch.device | str) -> ClipEncoders:
+
+def _grids(spec: ClipSpec, device: torch.device | str, weights: Path | None) -> ClipEncoders:
     # Colour means cost microseconds on any processor: they stay where the frames are.
     return GridEncoder(spec)
 
 
-_ENCODERS: Mapping[str, Callable[[ClipSpec, torch.device | str], ClipEncoders]] = {"grids": _grids}
+_ENCODERS: Mapping[str, Callable[[ClipSpec, torch.device | str, Path | None], ClipEncoders]] = {"grids": _grids}
 
 
-def build_encoders(name: str, spec: ClipSpec, device: torch.device | str = "cpu") -> ClipEncoders:
+def build_encoders(
+    name: str, spec: ClipSpec, device: torch.device | str = "cpu", weights: Path | None = None
+) -> ClipEncoders:
     """The encoders called `name`, for clips of `spec`.
+
+    Args:
+        name: `grids`.
+        spec: the clips.
+        device: where the networks work.
+        weights: folder of the networks' weights, for encoders that have some.
 
     Raises:
         ValueError: no such encoders, or they do not give the spec's conditions.
     """
     if name not in _ENCODERS:
         raise ValueError(f"no encoders '{name}'; known are {sorted(_ENCODERS)}")
-    return _ENCODERS[name](spec, device)
+    return _ENCODERS[name](spec, device, weights)
