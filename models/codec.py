@@ -34,15 +34,27 @@ class Codec(Protocol):
         ...
 
 
-def build_codec(spec_name: str, device: torch.device | str = "cpu", weights: Path | None = None) -> Codec:
-    """The codec of a clip spec, on `device`; `weights` is the folder of its networks, where it has some.
+def build_codec(
+    spec_name: str, device: torch.device | str = "cpu", weights: Path | None = None, *, decoding: bool = True
+) -> Codec:
+    """The codec of a clip spec.
+
+    Args:
+        spec_name: a name of `models.spec.SPECS`.
+        device: where it works.
+        weights: folder of its networks; `tiny` has none.
+        decoding: whether sound is to be made, too; without it a named spec's vocoder is not loaded.
 
     Raises:
-        ValueError: the spec has no codec that works without weights.
+        ValueError: no such spec, or its networks are not in the folder.
     """
-    if spec_name != "tiny":
-        raise ValueError(f"no codec without weights for spec '{spec_name}'; the known one is 'tiny'")
-    return MelPatchCodec(SPECS[spec_name]).to(device).eval()
+    if spec_name not in SPECS:
+        raise ValueError(f"no clip spec '{spec_name}'; known are {', '.join(SPECS)}")
+    if spec_name == "tiny":
+        return MelPatchCodec(SPECS[spec_name]).to(device).eval()
+    from models.pretrained import load_codec
+
+    return load_codec(SPECS[spec_name], weights, device, decoding=decoding)
 
 
 class MelPatchCodec(nn.Module):

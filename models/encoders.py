@@ -20,6 +20,9 @@ class VideoGrid:
     size_px: int
     fit: Literal["stretch", "cover"]
     """`stretch` changes the aspect ratio; `cover` scales the short side to `size_px` and crops the centre."""
+    scaler: Literal["fast", "antialiased"] = "fast"
+    """`fast` scales with the colour conversion in one go; `antialiased` is the bicubic filter of Pillow and torchvision
+    on RGB, which the public encoders were trained behind."""
 
 
 class ClipEncoders(Protocol):
@@ -75,7 +78,16 @@ def _grids(spec: ClipSpec, device: torch.device | str, weights: Path | None) -> 
     return GridEncoder(spec)
 
 
-_ENCODERS: Mapping[str, Callable[[ClipSpec, torch.device | str, Path | None], ClipEncoders]] = {"grids": _grids}
+def _clip_synchformer(spec: ClipSpec, device: torch.device | str, weights: Path | None) -> ClipEncoders:
+    from models.pretrained import load_encoders
+
+    return load_encoders(spec, weights, device)
+
+
+_ENCODERS: Mapping[str, Callable[[ClipSpec, torch.device | str, Path | None], ClipEncoders]] = {
+    "grids": _grids,
+    "clip_synchformer": _clip_synchformer,
+}
 
 
 def build_encoders(
@@ -84,13 +96,13 @@ def build_encoders(
     """The encoders called `name`, for clips of `spec`.
 
     Args:
-        name: `grids`.
+        name: `grids` or `clip_synchformer`.
         spec: the clips.
         device: where the networks work.
         weights: folder of the networks' weights, for encoders that have some.
 
     Raises:
-        ValueError: no such encoders, or they do not give the spec's conditions.
+        ValueError: no such encoders, they do not give the spec's conditions, or their weights are not there.
     """
     if name not in _ENCODERS:
         raise ValueError(f"no encoders '{name}'; known are {sorted(_ENCODERS)}")

@@ -19,6 +19,7 @@ from models.latent_transform import (
     Whitening,
     install_condition_statistics,
 )
+from models.lora import merged_state_dict
 from models.mmdit import SIZES, SPEC_OF_SIZE, Conditions, MMDiT
 from models.spec import SPECS
 from models.weights import load_config, load_strict, load_weights, save_config, save_weights
@@ -129,9 +130,9 @@ class Policy:
         return self.transform.unnormalize(sampled)
 
     def save(self, folder: Path) -> list[str]:
-        """Write the policy into an existing folder; returns the names of the files."""
+        """Write the policy, adapters merged, into an existing folder; returns the names of the files."""
         files = [NETWORK_FILE, CONFIG_FILE]
-        save_weights(folder / NETWORK_FILE, self.network.state_dict())
+        save_weights(folder / NETWORK_FILE, merged_state_dict(self.network))
         if isinstance(self.transform, Whitening):
             save_weights(folder / TRANSFORM_FILE, self.transform.state_dict())
             files.append(TRANSFORM_FILE)

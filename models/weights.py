@@ -4,12 +4,16 @@ Loads are strict: every missing, unknown or differently shaped name is in the er
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 LEGACY_MMDIT_KEYS = ("t_embed.freqs", "latent_rot", "clip_rot")
 """Tables that old public checkpoints carry; they are recomputed, so an import drops them."""
@@ -46,6 +50,23 @@ def load_strict(module: nn.Module, state_dict: dict[str, Tensor], source: str) -
 
     Works on a module of any dtype and device (values are cast). Raises ValueError with the offending names.
     """
+    _check_fit(module, state_dict, source)
+    module.load_state_dict(state_dict, strict=True)
+
+
+def build_loaded(build: Callable[[], Network], state_dict: dict[str, Tensor], source: str) -> Network:
+    """A module whose weights ARE the given tensors: none is drawn, none copied; `source` as for `load_strict`.
+
+    The module must not have buffers outside its state dict. Raises ValueError with the offending names.
+    """
+    with torch.device("meta"):
+        module = build()
+    _check_fit(module, state_dict, source)
+    module.load_state_dict(state_dict, strict=True, assign=True)
+    return module
+
+
+def _check_fit(module: nn.Module, state_dict: dict[str, Tensor], source: str) -> None:
     expected = module.state_dict()
     problems = [
         *_named("missing", sorted(expected.keys() - state_dict.keys())),
@@ -61,7 +82,6 @@ def load_strict(module: nn.Module, state_dict: dict[str, Tensor], source: str) -
     ]
     if problems:
         raise ValueError(f"weights from {source} do not fit {type(module).__name__}: {'; '.join(problems)}")
-    module.load_state_dict(state_dict, strict=True)
 
 
 def _named(what: str, names: list[str]) -> list[str]:

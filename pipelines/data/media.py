@@ -1,8 +1,8 @@
 """The reader: one pass over a media file by presentation time, for picture and sound together.
 
-This runs inside the disposable decode child (`decode_child.py`), so it imports only PyAV and numpy. It is given an
-open file, never a name or a URL: nothing in a file can make it open another one. What a file may hold is a closed
-list, and its picture size is checked before the first frame is decoded.
+This runs inside the disposable decode child (`decode_child.py`), so it imports PyAV, numpy and, where asked, Pillow. It
+is given an open file, never a name or a URL: nothing in a file can make it open another one. What a file may hold is a
+closed list, and its picture size is checked before the first frame is decoded.
 """
 
 from collections.abc import Iterable, Iterator

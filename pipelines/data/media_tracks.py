@@ -125,18 +125,32 @@ class _Scaler:
         width, height = (size, size) if self._grid.fit == "stretch" else self._covering(frame)
         if width * height > self._max_pixels:
             raise MediaError("too_large", f"{frame.width}x{frame.height} is too elongated for a square of {size}")
-        scaled = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=SCALING, threads=1)
-        left, top = (width - size) // 2, (height - size) // 2
-        square = scaled.to_ndarray()[top : top + size, left : left + size]
+        scaled = self._scaled(frame, width, height)
+        # Python rounds halves to even, as torchvision's centre crop does.
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        square = scaled[top : top + size, left : left + size]
         # The display matrix turns counter-clockwise by this angle, as rot90 does; a square turns in place.
         return np.rot90(square, round(frame.rotation / 90) % 4)
 
+    def _scaled(self, frame: VideoFrame, width: int, height: int) -> np.ndarray:
+        """uint8 [height, width, 3]."""
+        if self._grid.scaler == "fast":
+            return self._reformatter.reformat(
+                frame, width, height, "rgb24", interpolation=SCALING, threads=1
+            ).to_ndarray()
+        # Here, because most children never need Pillow.
+        from PIL import Image
+
+        whole = self._reformatter.reformat(frame, format="rgb24", interpolation=SCALING, threads=1).to_ndarray()
+        return np.asarray(Image.fromarray(whole).resize((width, height), Image.Resampling.BICUBIC))
+
     def _covering(self, frame: VideoFrame) -> tuple[int, int]:
+        """Width and height of the picture scaled so that its shorter side fits, rounded down as torchvision does."""
         shown_width = frame.width * self._aspect
         scale = self._grid.size_px / min(shown_width, frame.height)
         return (
-            max(round(shown_width * scale), self._grid.size_px),
-            max(round(frame.height * scale), self._grid.size_px),
+            max(int(shown_width * scale + 1e-6), self._grid.size_px),
+            max(int(frame.height * scale + 1e-6), self._grid.size_px),
         )
 
 

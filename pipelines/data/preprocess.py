@@ -294,7 +294,11 @@ class ClipWorker:
 def frame_grid(grid: VideoGrid, spec: ClipSpec) -> FrameGrid:
     """What the reader has to give for an encoder's grid: round(rate * duration) frames."""
     return FrameGrid(
-        rate_hz=grid.rate_hz, size_px=grid.size_px, fit=grid.fit, num_frames=round(grid.rate_hz * spec.duration_s)
+        rate_hz=grid.rate_hz,
+        size_px=grid.size_px,
+        fit=grid.fit,
+        num_frames=round(grid.rate_hz * spec.duration_s),
+        scaler=grid.scaler,
     )
 
 

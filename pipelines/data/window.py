@@ -25,6 +25,8 @@ class FrameGrid:
     fit: Literal["stretch", "cover"]
     """`stretch`: the whole picture, aspect not kept. `cover`: shorter side to size_px, centre crop."""
     num_frames: int
+    scaler: Literal["fast", "antialiased"] = "fast"
+    """`fast`: swscale's bicubic, with the colour conversion. `antialiased`: Pillow's bicubic on RGB of full size."""
 
 
 @dataclass(frozen=True, kw_only=True)

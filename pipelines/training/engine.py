@@ -8,7 +8,7 @@ bf16 is autocast over float32 weights, MMAudio's recipe, so no stage needs a sec
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +118,12 @@ class Engine:
         return StepOutcome(float(self._engine.get_global_grad_norm()) if applied else math.nan, applied)
 
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
-        """Inside, every parameter is whole on every rank, to be read; ZeRO-3 keeps them partitioned otherwise."""
-        parameters = list(self.trainee.parameters())
+    def whole_weights(self, *, trained_alone: bool = False) -> Iterator[None]:
+        """Inside, every parameter is whole on every rank, to be read; ZeRO-3 keeps them partitioned otherwise.
+
+        `trained_alone`: only those that are trained, a small part where the rest is frozen beneath adapters.
+        """
+        parameters = self._trainable if trained_alone else list(self.trainee.parameters())
         with self._gathered_parameters(parameters, enabled=self._stage == 3):
             yield
 
@@ -143,18 +146,29 @@ class Engine:
         return self._trainable
 
     def save(self, root: Path, name: str) -> None:
-        """Write this rank's share of weights and optimizer into `root/name`; returns when all ranks have."""
-        self._engine.save_checkpoint(str(root), tag=name, save_latest=False)
+        """Write this rank's share of weights and optimizer into `root/name`; returns when all ranks have.
+
+        Frozen weights are not written: an objective builds them again from what it starts from.
+        """
+        self._engine.save_checkpoint(str(root), tag=name, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, root: Path, name: str) -> None:
         """Restore weights and optimizer, strictly, as they were saved. Only files whose hashes were verified."""
-        path, _ = self._engine.load_checkpoint(str(root), tag=name)
+        path, _ = self._engine.load_checkpoint(str(root), tag=name, custom_load_fn=_load_trained)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint in {root / name}")
 
     def close(self) -> None:
         """Release buffers and hooks; the weights stay usable except under ZeRO-3."""
         self._engine.destroy()
+
+
+def _load_trained(src: Mapping[str, Any], dst: nn.Module) -> None:
+    """Load a saved state dict into the trainee: everything but frozen parameters must be there."""
+    missing, unknown = dst.load_state_dict(src, strict=False)
+    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+    if unknown or set(missing) - frozen:
+        raise RuntimeError(f"a checkpoint of another model: missing {sorted(set(missing) - frozen)}, unknown {unknown}")
 
 
 @contextmanager

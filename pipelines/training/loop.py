@@ -123,7 +123,7 @@ class _Run:
             collate=self.objective.collate,
         )
         self.engine = Engine(self.objective.build(world.device), self.options, self.plan, world)
-        with self.engine.whole_weights():
+        with self.engine.whole_weights(trained_alone=True):
             self.average = WeightAverage(self.engine.trainable) if self._averages() else None
         self.journal: Journal | None = None
         self.prefetched: Prefetched | None = None
@@ -219,7 +219,7 @@ class _Run:
         if outcome.applied:
             progress.bad_run = 0
             if self.average is not None:
-                with self.engine.whole_weights():
+                with self.engine.whole_weights(trained_alone=True):
                     self.average.update(self.engine.trainable, self._decay(self.average.num_updates + 1))
             return
         progress.skipped_steps += 1

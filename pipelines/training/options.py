@@ -1,5 +1,6 @@
 """The options that every training has; light to import, so that jobs take them over as their own flags."""
 
+import math
 from dataclasses import dataclass, fields
 
 from pipelines.errors import InputError
@@ -75,3 +76,65 @@ class TrainingOptions:
     def affecting_bytes(self) -> dict[str, object]:
         """Return the options that belong into a stage's fingerprint."""
         return {name: value for name, value in sorted(vars(self).items()) if name not in NOT_AFFECTING_BYTES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Train low-rank adapters beside the frozen weights of a policy, and merge them on export (`models.lora`)."""
+
+    rank: int
+    alpha: float
+    """The update is scaled by alpha / rank."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"--lora-rank must be at least 1, got {self.rank}; leave it out to train every weight")
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise InputError(f"--lora-alpha must be positive, got {self.alpha}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a policy's network is run while it trains: the same mathematics, so none of it enters a fingerprint.
+
+    Activation checkpointing repeats the same operations and does not change a bit on a CPU; compiled blocks round
+    otherwise, as another device or number of workers does. So a training that ran out of memory, or is to be faster,
+    goes on from its last checkpoint with another choice.
+    """
+
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyTrainingOptions(TrainingOptions):
+    """How to train a policy: what every training has, and what makes the big sizes fit."""
+
+    lora_rank: int | None = None
+    """Train low-rank adapters of this rank beside the frozen weights, merged on export; None: train every weight."""
+    lora_alpha: float | None = None
+    """The adapters' update is scaled by this over the rank; None: by 1."""
+    activation_checkpointing: bool = False
+    """Compute each block again in the backward pass: a quarter slower, and memory for one block's activations."""
+    compile: bool = False
+    """Compile each block; minutes at the start, faster steps on a GPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lora()
+
+    def lora(self) -> LoRA | None:
+        """Return the adapters that are asked for.
+
+        Raises:
+            InputError: a rank or an alpha that cannot be, or an alpha without a rank.
+        """
+        if self.lora_rank is None:
+            if self.lora_alpha is not None:
+                raise InputError(f"--lora-alpha {self.lora_alpha:g} scales adapters: give --lora-rank too")
+            return None
+        return LoRA(rank=self.lora_rank, alpha=float(self.lora_rank) if self.lora_alpha is None else self.lora_alpha)
+
+    def execution(self) -> Execution:
+        """Return how the network is run."""
+        return Execution(activation_checkpointing=self.activation_checkpointing, compile=self.compile)

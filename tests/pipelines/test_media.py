@@ -7,9 +7,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import center_crop, resize
 
 from pipelines.data import media
 from pipelines.data.contracts import REJECT_REASONS
+from pipelines.data.media_tracks import SCALING
 from pipelines.data.window import DecodedWindow, FrameGrid, WindowRequest
 from pipelines.errors import MediaError
 from tests.pipelines.clip_factory import beep, grey_frames, tone, write_clip
@@ -134,6 +138,26 @@ def test_cover_crops_the_middle_and_stretch_keeps_the_whole_picture(tmp_path: Pa
     assert stretched[2:6].max() < 60
     assert stretched[11:13].min() > 200
     assert stretched[-6:-2].max() < 60
+
+
+@pytest.mark.parametrize(("height", "width"), [(54, 96), (54, 62), (98, 54), (40, 40)])
+def test_the_antialiased_scaler_and_crop_are_those_of_torchvision(tmp_path: Path, height: int, width: int) -> None:
+    """The public encoders were trained behind torchvision's bicubic resize of RGB and its centre crop."""
+    coarse = np.random.default_rng(0).integers(0, 256, (height // 2, width // 2, 3)).astype(np.uint8)
+    path = write_clip(tmp_path / "blocks.mp4", [coarse.repeat(2, 0).repeat(2, 1)] * 50, tone(2.0, 48_000))
+    grids = [FrameGrid(rate_hz=1, size_px=24, fit=f, num_frames=2, scaler="antialiased") for f in ("stretch", "cover")]
+    stretched, covered = (torch.from_numpy(frames[0]) for frames in ask(path, *grids).frames)
+    with av.open(str(path)) as container:
+        rgb = next(container.decode(video=0)).reformat(format="rgb24", interpolation=SCALING).to_ndarray()
+    whole = torch.from_numpy(rgb).permute(2, 0, 1)
+    bicubic = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
+    expected = resize(whole, [24, 24], **bicubic).permute(1, 2, 0)
+    # On noise the two libraries' integer weights round apart, by a few levels of 255 at most.
+    assert (stretched.int() - expected.int()).abs().max() <= 6
+    assert (stretched.int() - expected.int()).abs().float().mean() < 0.5
+    expected = center_crop(resize(whole, [24], **bicubic), [24, 24]).permute(1, 2, 0)
+    assert (covered.int() - expected.int()).abs().max() <= 6
+    assert (covered.int() - expected.int()).abs().float().mean() < 0.5
 
 
 @pytest.mark.parametrize(("height", "width"), [(35, 21), (1, 1), (17, 301)])
