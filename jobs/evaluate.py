@@ -21,6 +21,8 @@ class Options:
     """Folder of the scores dataset."""
     policy: cli.StoragePath | None = None
     """Checkpoint to sample from; not needed for ground_truth and inverted."""
+    weights: cli.StoragePath | None = None
+    """Folder that import_mmaudio made, with the codec's networks; None: the policy's own, where it has them."""
     subject: Literal["policy", "shuffled", "ground_truth", "inverted"] = "policy"
     """What is measured: the policy; the policy given another clip's conditions; the real sound; the real sound after
     the codec."""
@@ -88,7 +90,9 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         sampling=Sampling(num_steps=options.num_steps, guidance=options.guidance),
         max_clips=options.max_clips,
     )
-    inputs = EvaluationInputs(features=options.features, reward=options.reward, policy=options.policy)
+    inputs = EvaluationInputs(
+        features=options.features, reward=options.reward, policy=options.policy, weights=options.weights
+    )
     # Before the work: a file that cannot be used is told at once.
     external = _external_columns(options)
     evaluate(

@@ -18,6 +18,8 @@ class Options:
     """Features dataset of the clips."""
     out: cli.StoragePath
     """Folder of the pairs dataset."""
+    weights: cli.StoragePath | None = None
+    """Folder that import_mmaudio made, with the codec's networks; None: the policy's own, where it has them."""
     split: str = "rpo"
     """Split whose clips are used; with `train` the reward ranks clips that it was trained on."""
     mode: Literal["gt_vs_worst", "best_vs_worst", "gt_vs_random", "gt_vs_distorted", "mixed"] = "gt_vs_worst"
@@ -69,7 +71,13 @@ def main(options: Options) -> int:
         max_clips=options.max_clips,
     )
     manifest = generate_pairs(
-        PairInputs(policy=options.policy, reward=options.reward, features=options.features, split=options.split),
+        PairInputs(
+            policy=options.policy,
+            reward=options.reward,
+            features=options.features,
+            split=options.split,
+            weights=options.weights,
+        ),
         settings,
         out=options.out,
         pool=Pool(num_workers=options.num_workers, num_gpus=options.gpus_per_worker),

@@ -10,7 +10,8 @@ from jobs import cli
 class Options:
     """Turn downloaded public checkpoints into one artifact, after checking every name, shape and number in them.
 
-    Nothing is downloaded, and nothing that is in a file is run.
+    A file is a local path, or hf://OWNER/REPOSITORY/FILE as it lies in the Hugging Face cache. Nothing is downloaded,
+    and nothing that is in a file is run.
     """
 
     network: cli.StoragePath
@@ -25,8 +26,10 @@ class Options:
     """BigVGAN: best_netG.pt for small_16k, NVIDIA's bigvgan_v2_44khz_128band_512x for the others."""
     synchformer: cli.StoragePath | None = None
     """Synchformer: synchformer_state_dict.pth, of which the visual encoder is kept."""
+    clip: cli.StoragePath | None = None
+    """CLIP: the open_clip weights of apple/DFN5B-CLIP-ViT-H-14-384, image and text towers."""
     trust_unknown_checksum: bool = False
-    """Import files whose md5 is not that of the published ones. They are checked in every other way all the same."""
+    """Import files whose md5 is not the one on record. They are checked in every other way all the same."""
 
 
 def main(options: Options) -> int:
@@ -38,6 +41,7 @@ def main(options: Options) -> int:
         "vae": options.vae,
         "vocoder": options.vocoder,
         "synchformer": options.synchformer,
+        "clip": options.clip,
     }
     import_mmaudio(
         files={role: path for role, path in files.items() if path is not None},

@@ -21,7 +21,9 @@ class Options:
     spec: str = "tiny"
     """Shapes of the rows: tiny, 16k or 44k."""
     encoders: str = "grids"
-    """Frozen encoders of picture and caption, by name."""
+    """Frozen encoders of picture and caption: grids (tiny) or clip_synchformer (16k, 44k)."""
+    weights: cli.StoragePath | None = None
+    """Folder that import_mmaudio made, with VAE, Synchformer and CLIP; the tiny spec needs none."""
     windows: Literal["first", "all"] = "first"
     """One window from start_s, or all whole windows of a file."""
     hop_s: float | None = None
@@ -65,6 +67,7 @@ def main(options: Options) -> int:
         hop_s=options.hop_s,
         max_pixels=options.max_pixels,
         timeout_s=options.decode_timeout_s,
+        weights=options.weights,
     )
     dataset = preprocess(
         entries,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from jobs import cli
-from pipelines.training.options import TrainingOptions
+from pipelines.training.options import PolicyTrainingOptions
 
 if TYPE_CHECKING:
     from pipelines.preferences.generation import PairInputs
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TrainingOptions):
+class Options(PolicyTrainingOptions):
     """Run preference rounds from a policy; started again after a kill, the same command goes on where it was."""
 
     policy: cli.StoragePath
@@ -24,6 +24,8 @@ class Options(TrainingOptions):
     """Features dataset: clips for pairs, and held-out clips for the gate."""
     out: cli.StoragePath
     """Folder of the launch; round k lies in round_<k>."""
+    weights: cli.StoragePath | None = None
+    """Folder that import_mmaudio made, with the codec's networks; None: the policy's own, where it has them."""
     rounds: int = 3
     """Number of rounds."""
     with_control: bool = False
@@ -107,13 +109,20 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
     from pipelines.preferences.generation import PairInputs
     from pipelines.preferences.round_stages import Resources, launch_rounds
 
-    inputs = PairInputs(policy=options.policy, reward=options.reward, features=options.features, split=options.split)
+    inputs = PairInputs(
+        policy=options.policy,
+        reward=options.reward,
+        features=options.features,
+        split=options.split,
+        weights=options.weights,
+    )
     settings = _settings(options)
     if options.dry_run:
         return _print_plan(options, inputs, settings)
     resources = Resources(
         num_workers=options.num_workers,
         gpus_per_worker=options.gpus_per_worker,
+        execution=options.execution(),
         max_reject_rate=options.max_reject_rate,
     )
     manifest = launch_rounds(
@@ -163,6 +172,7 @@ def _settings(options: Options) -> "RoundSettings":
             sdpo_mu=options.sdpo_mu,
             strict_guards=options.strict_guards,
             probe_every=options.probe_every,
+            lora=options.lora(),
         ),
         evaluation=EvaluationSettings(
             subject="policy",

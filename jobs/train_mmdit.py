@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from jobs import cli
-from pipelines.training.options import TrainingOptions
+from pipelines.training.options import PolicyTrainingOptions
 from pipelines.training.schedule import ScheduleName
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TrainingOptions):
+class Options(PolicyTrainingOptions):
     """Train a policy on real sound. The latent transform is fitted on the training split, or inherited from --init."""
 
     features: cli.StoragePath
@@ -60,9 +60,11 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
             num_workers=options.num_workers,
             gpus_per_worker=options.gpus_per_worker,
             group=group,
+            execution=options.execution(),
             options_yaml=cli.to_yaml("train_mmdit", options),
         ),
         init=options.init,
+        lora=options.lora(),
         train_split=options.split,
         val_split=options.val_split,
     )

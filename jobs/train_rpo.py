@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from jobs import cli
-from pipelines.training.options import TrainingOptions
+from pipelines.training.options import PolicyTrainingOptions
 
 if TYPE_CHECKING:
     from pipelines.training.workers import WorkerGroup
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TrainingOptions):
+class Options(PolicyTrainingOptions):
     """Flow-matching DPO on the kept pairs, against the policy the round starts from; or its control."""
 
     policy: cli.StoragePath
@@ -75,9 +75,11 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
             num_workers=options.num_workers,
             gpus_per_worker=options.gpus_per_worker,
             group=group,
+            execution=options.execution(),
             options_yaml=cli.to_yaml("train_rpo", options),
         ),
         kind=options.objective,
+        lora=options.lora(),
         sdpo_mu=options.sdpo_mu,
         strict_guards=options.strict_guards,
         probe_every=options.probe_every,

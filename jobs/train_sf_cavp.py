@@ -27,6 +27,8 @@ class Options(TrainingOptions):
     """Split to validate, calibrate and measure on."""
     codec_share: float = 0.0
     """Share of the sounds that go through the codec in training, as everything does that the reward will rank."""
+    weights: cli.StoragePath | None = None
+    """With --codec-share, for specs 16k and 44k: folder that import_mmaudio made, with VAE and vocoder."""
     num_workers: int = 2
     """Ray Train workers; 0 trains in this process without Ray."""
     gpus_per_worker: Literal[0, 1] | None = None
@@ -67,6 +69,7 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         train_split=options.split,
         val_split=options.val_split,
         codec_share=options.codec_share,
+        weights=options.weights,
     )
     return 0
 

@@ -1,7 +1,8 @@
 """Transformer blocks of the MM-DiT: joint attention over three streams, single-stream blocks, the final layer.
 
-Shapes: x (B, L, D) tokens of one stream; condition (B, L, D) for frame-aligned modulation or (B, 1, D) for a global
-one; q, k, v (B, heads, L, head_dim). Formulas and names: MMAudio (arXiv 2412.15322), section 3 and its checkpoints.
+Shapes: x (B, L, D) tokens of one stream; condition (S, L, D) for frame-aligned modulation or (S, 1, D) for a global
+one, where S divides B and each condition serves B / S consecutive samples; q, k, v (B, heads, L, head_dim).
+Formulas and names: MMAudio (arXiv 2412.15322), section 3 and its checkpoints.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.layers import ChannelLastConv1d, GatedMLP, HeadRMSNorm, Modulation, layer_norm, modulate
+from models.layers import ChannelLastConv1d, GatedMLP, HeadRMSNorm, Modulation, add_gated, layer_norm, modulate
 from models.rope import apply_rotary
 
 
@@ -37,11 +38,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor | None) -> QKV:
         """(B, L, D) -> QKV. In the projection's output q, k, v alternate fastest and heads slowest."""
-        q, k, v = rearrange(self.qkv(x), "b l (h d three) -> three b h l d", h=self.num_heads, three=3).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
+        # The projection's order would leave q, k and v with strides that every later operation pays for: one copy.
+        qkv = rearrange(self.qkv(x), "b l (h d three) -> three b h l d", h=self.num_heads, three=3).contiguous()
+        q, k = self.q_norm(qkv[0]), self.k_norm(qkv[1])
         if rope is not None:
             q, k = apply_rotary(q, rope), apply_rotary(k, rope)
-        return QKV(q.to(v.dtype), k.to(v.dtype), v.contiguous())
+        return QKV(q.to(qkv.dtype), k.to(qkv.dtype), qkv[2])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -87,8 +89,8 @@ class SingleStreamBlock(nn.Module):
         """Add the gated attention output and the gated feed-forward; a pre-only stream passes unchanged."""
         if mlp is None:
             return x
-        x = x + mlp.gate_attention * self.linear1(attended)
-        return x + mlp.gate * self.ffn(modulate(layer_norm(x), mlp.shift, mlp.scale))
+        x = add_gated(x, mlp.gate_attention, self.linear1(attended))
+        return add_gated(x, mlp.gate, self.ffn(modulate(layer_norm(x), mlp.shift, mlp.scale)))
 
     def forward(self, x: Tensor, condition: Tensor, rope: Tensor | None) -> Tensor:
         """The whole block on one stream: self-attention and feed-forward."""
@@ -115,8 +117,8 @@ class JointBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Update (latent, clip, text).
 
-        The latent stream is modulated a token by `frame_condition` (B, N, D), the others by `global_condition`
-        (B, 1, D); `ropes` are the tables of latent and clip, text has no positions.
+        The latent stream is modulated a token by `frame_condition` (S, N, D), the others by `global_condition`
+        (S, 1, D); `ropes` are the tables of latent and clip, text has no positions.
         """
         latent, clip, text = streams
         latent_qkv, latent_mlp = self.latent_block.before_attention(latent, frame_condition, ropes[0])
@@ -142,6 +144,6 @@ class FinalLayer(nn.Module):
         self.conv = ChannelLastConv1d(dim, latent_dim, 7)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, N, D), condition (B, 1, D) -> (B, N, C)."""
+        """(B, N, D), condition (S, 1, D) -> (B, N, C)."""
         shift, scale = self.adaLN_modulation.chunks(condition)
         return self.conv(modulate(layer_norm(x), shift, scale))

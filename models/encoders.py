@@ -50,9 +50,7 @@ class GridEncoder:
     grids: tuple[VideoGrid, ...] = (VideoGrid(rate_hz=GRID_RATE_HZ, size_px=FRAME_PX, fit="stretch"),)
 
     def __init__(self, spec: ClipSpec) -> None:
-        """Encoders for clips of `spec`; raises ValueError if it does not describe grids."""
-        if spec.condition_kind != "grids":
-            raise ValueError(f"encoders 'grids' do not give the conditions of spec '{spec.name}'")
+        """Encoders for clips of `spec`."""
         self.spec = spec
 
     def encode(self, frames_by_grid: Mapping[VideoGrid, np.ndarray], caption: str) -> dict[str, np.ndarray]:
@@ -104,6 +102,13 @@ def build_encoders(
     Raises:
         ValueError: no such encoders, they do not give the spec's conditions, or their weights are not there.
     """
+    check_encoders(name, spec)
+    return _ENCODERS[name](spec, device, weights)
+
+
+def check_encoders(name: str, spec: ClipSpec) -> None:
+    """Raise ValueError if there are no such encoders, or if they do not give the spec's conditions."""
     if name not in _ENCODERS:
         raise ValueError(f"no encoders '{name}'; known are {sorted(_ENCODERS)}")
-    return _ENCODERS[name](spec, device, weights)
+    if name != spec.condition_kind:
+        raise ValueError(f"encoders '{name}' do not give the conditions of spec '{spec.name}'")

@@ -74,8 +74,19 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's second half: x * (1 + scale) + shift."""
-    return x * (1 + scale) + shift
+    """Adaptive layer norm's second half: x * (1 + scale) + shift, for x (B, L, D) and modulations (S, L or 1, D).
+
+    S divides B: every modulation serves the B / S consecutive samples of one condition, and is not repeated for them.
+    """
+    grouped = rearrange(x, "(s n) l d -> s n l d", s=shift.shape[0])
+    modulated = torch.addcmul(shift[:, None], grouped, 1 + scale[:, None])
+    return rearrange(modulated, "s n l d -> (s n) l d")
+
+
+def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """Residual sum x + gate * branch, for x and branch (B, L, D) and a gate (S, L or 1, D), shared as in `modulate`."""
+    grouped, branch = (rearrange(part, "(s n) l d -> s n l d", s=gate.shape[0]) for part in (x, branch))
+    return rearrange(torch.addcmul(grouped, gate[:, None], branch), "s n l d -> (s n) l d")
 
 
 class Modulation(nn.Sequential):

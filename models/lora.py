@@ -5,8 +5,8 @@ B [out, r] zero, so the start is exactly the base. For a convolution A is a conv
 on each token, so that B A has the shape of W.
 
 The low-rank path runs beside W, hooked to its module, and is no parametrization of W: then neither W + (alpha / r) B A
-nor a gradient of W's size is ever made, and under bfloat16 autocast a small update is not rounded away in the sum with
-a large weight. The base keeps its parameters' names, and each adapter is a module of its own, called inside the
+nor a gradient of W's size is ever made, and under bfloat16 autocast the small update is rounded by itself and not in a
+sum with a large weight. The base keeps its parameters' names, and each adapter is a module of its own, called inside the
 forward of the map it adapts, which is all that ZeRO-3 asks for.
 
 Only adapters are trained. Biases, norms, the nulls and the position embedding stay the base's: they are what the base
@@ -30,7 +30,9 @@ ADAPTER = "adapter"
 class LowRank(nn.Module):
     """(alpha / r) B A x beside one map, float32; on (B, L, in) -> (B, L, out) or, beside a linear map, (..., in)."""
 
-    def __init__(self, base: nn.Linear | ChannelLastConv1d, rank: int, alpha: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, base: nn.Linear | ChannelLastConv1d, rank: int, alpha: float, generator: torch.Generator
+    ) -> None:
         """A from `generator` (on the CPU: the same on every device), B zero; both on the device of `base`."""
         super().__init__()
         self.scale = alpha / rank

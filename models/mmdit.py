@@ -5,17 +5,23 @@ strictly and give the same sound. One decision is ours: rotary tables and time f
 recomputed in float32, so any `.to(dtype)` and any change of lengths is safe. The tiny size also standardises its
 hand-made conditions by statistics that are fitted before training; the named sizes have no such buffers.
 
-Legend: B batch; N latent tokens; Lc, Ls, Lt clip, sync and text tokens; C latent channels as the network sees them
+Legend: B samples; S conditions, each serving B / S consecutive samples; N latent tokens;
+Lc, Ls, Lt clip, sync and text tokens; C latent channels as the network sees them
 (normalised); D hidden width; t flow time in [0, 1], 0 is noise and 1 is data.
 """
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.blocks import FinalLayer, JointBlock, SingleStreamBlock
+from models.conditions import Conditions, ConditionStatistics
 from models.layers import (
     ChannelLastConv1d,
     GatedMLP,
@@ -125,70 +131,18 @@ SPEC_OF_SIZE: dict[str, str] = {
 """The `ClipSpec` (models/spec.py) that each size works on."""
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """Projected conditions: independent of the time step, computed once a clip."""
-
-    clip: Tensor
-    """[B, Lc, D]"""
-    sync: Tensor
-    """[B, N, D], repeated to the latents' rate."""
-    text: Tensor
-    """[B, Lt, D]"""
-    clip_global: Tensor
-    """[B, D], projected mean of `clip`."""
-    text_global: Tensor
-    """[B, D], projected mean of `text`."""
-
-    def expand(self, batch: int) -> "Conditions":
-        """The conditions of one clip (B = 1) for `batch` candidates, without copying."""
-        return Conditions(
-            clip=self.clip.expand(batch, -1, -1),
-            sync=self.sync.expand(batch, -1, -1),
-            text=self.text.expand(batch, -1, -1),
-            clip_global=self.clip_global.expand(batch, -1),
-            text_global=self.text_global.expand(batch, -1),
-        )
-
-
-class ConditionStatistics(nn.Module):
-    """Per-channel mean and std of hand-made clip and sync features as buffers, fitted before training.
-
-    Standardised sync features also pass through asinh: what happens rarely stands out by up to 60 standard deviations.
-    """
-
-    def __init__(self, clip_dim: int, sync_dim: int) -> None:
-        """Start with mean 0 and std 1."""
-        super().__init__()
-        self.clip_mean: Tensor
-        self.clip_std: Tensor
-        self.sync_mean: Tensor
-        self.sync_std: Tensor
-        for name, dim in (("clip", clip_dim), ("sync", sync_dim)):
-            self.register_buffer(f"{name}_mean", torch.zeros(dim))
-            self.register_buffer(f"{name}_std", torch.ones(dim))
-
-    def reset(self) -> None:
-        """Mean 0 and std 1 again."""
-        self.clip_mean.zero_()
-        self.clip_std.fill_(1)
-        self.sync_mean.zero_()
-        self.sync_std.fill_(1)
-
-    def forward(self, clip_f: Tensor, sync_f: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardise (B, L, channels) of both kinds, in float32 whatever the network's dtype."""
-        clip = (clip_f.float() - self.clip_mean.float()) / self.clip_std.float()
-        sync = (sync_f.float() - self.sync_mean.float()) / self.sync_std.float()
-        return clip, torch.asinh(sync)
-
-
 class MMDiT(nn.Module):
     """The conditional velocity field v(x_t, t | clip, sync, text) of flow matching."""
+
+    checkpoint_activations: bool
+    """Training keeps the inputs of blocks only and computes what is inside again in backward: less memory, a third
+    more arithmetic, the same losses and gradients."""
 
     def __init__(self, config: MMDiTConfig) -> None:
         """Build and initialise with torch's global generator; call `init_weights` with one of your own to repeat it."""
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         self.latent_len = config.latent_len
         self.clip_len = config.clip_len
         self.sync_len = config.sync_len
@@ -301,25 +255,75 @@ class MMDiT(nn.Module):
         )
 
     def predict(self, latent: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        """Velocity (B, N, C) at latents x_t (B, N, C) and times t [B], given projected conditions."""
-        config = self.config
-        expected = (t.shape[0], self.latent_len, config.latent_dim)
-        assert latent.shape == expected, f"latents {tuple(latent.shape)}, expected {expected}"
-        x = self.audio_input_proj(latent.to(self.dtype))
+        """Velocity (B, N, C) at latents x_t (B, N, C), times t [S] and projected conditions of S clips.
+
+        S divides B: sample i belongs to condition and time i // (B / S). What depends on these alone is computed S
+        times and not B times.
+        """
+        return self._velocity(self._embed_latent(latent), t, conditions)
+
+    def _embed_latent(self, latent: Tensor) -> Tensor:
+        expected = (self.latent_len, self.config.latent_dim)
+        assert latent.shape[1:] == expected, f"latents {tuple(latent.shape)}, expected (B, *{expected})"
+        return self.audio_input_proj(latent.to(self.dtype))
+
+    def _velocity(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """What `predict` says, for latents that went through `audio_input_proj`: (B, N, D) -> (B, N, C)."""
+        config, num_conditions = self.config, conditions.clip.shape[0]
+        assert t.shape == (num_conditions,), f"times {tuple(t.shape)}, but {num_conditions} conditions"
+        assert x.shape[0] % num_conditions == 0, f"{x.shape[0]} latents cannot share {num_conditions} conditions"
         global_vector = self.t_embed(t) + self.global_cond_mlp(conditions.clip_global + conditions.text_global)
         global_condition = global_vector[:, None]
         frame_condition = global_condition + conditions.sync
         latent_rope = rotary_table(self.latent_len, config.head_dim, 1.0, x.device)
         clip_rope = rotary_table(self.clip_len, config.head_dim, self.latent_len / self.clip_len, x.device)
 
-        streams = (x, conditions.clip, conditions.text)
+        # From here on these streams see the latents, so every sample needs its own.
+        per_condition = x.shape[0] // num_conditions
+        clip, text = (
+            repeat(stream, "s l d -> (s n) l d", n=per_condition) for stream in (conditions.clip, conditions.text)
+        )
+        streams = (x, clip, text)
         for block in self.joint_blocks:
-            streams = block(streams, frame_condition, global_condition, (latent_rope, clip_rope))
+            streams = self._run(block, streams, frame_condition, global_condition, (latent_rope, clip_rope))
         x = streams[0]
         for block in self.fused_blocks:
-            x = block(x, frame_condition, latent_rope)
+            x = self._run(block, x, frame_condition, latent_rope)
         # The global condition and not the frame-aligned one: the public weights were trained so.
         return self.final_layer(x, global_condition)
+
+    def _blocks(self) -> list[nn.Module]:
+        return [*self.joint_blocks, *self.fused_blocks]
+
+    def _run(self, block: nn.Module, *inputs: object) -> Any:
+        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            # Nothing in a block is random, so there is no generator to put back.
+            return checkpoint(self._call, block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._call(block, *inputs)
+
+    def _call(self, block: nn.Module, *inputs: object) -> Any:
+        """Call a block; one that was to be compiled and cannot be runs as it is, and so do those after it."""
+        try:
+            return block(*inputs)
+        except Exception as error:
+            if block._compiled_call_impl is None:
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            warnings.warn(f"blocks run uncompiled, torch.compile failed: {reason}", RuntimeWarning, stacklevel=2)
+            # Not those before it: their compiled results may wait for a backward.
+            blocks = self._blocks()
+            for left in blocks[blocks.index(block) :]:
+                left._compiled_call_impl = None
+            return block(*inputs)
+
+    def compile_blocks(self, backend: str | Callable[..., object] = "inductor") -> None:
+        """Compile every block by `torch.compile` at its first call, for every shape anew.
+
+        Where that fails (no C++ compiler, no Triton), the first call says so in one RuntimeWarning and the blocks run
+        as they are. Names of weights stay; copies of the network (`copy.deepcopy`) are not compiled.
+        """
+        for block in self._blocks():
+            block.compile(backend=backend)
 
     def forward(self, latent: Tensor, clip_f: Tensor, sync_f: Tensor, text_f: Tensor, t: Tensor) -> Tensor:
         """Velocity (B, N, C) at latents (B, N, C) and times [B] from raw features."""
@@ -353,12 +357,15 @@ class MMDiT(nn.Module):
     ) -> Tensor:
         """Classifier-free guidance: w * v(conditions) + (1 - w) * v(empty); w <= 1 means the conditional alone.
 
-        `empty` holds the null conditions, or a negative text in the place of the empty string.
+        Shapes as in `predict`; `empty` holds the null conditions of one or all S clips, or a negative text in the
+        place of the empty string. Both fields are one batch, and share what depends on the latents alone.
         """
-        velocity = self.predict(latent, t, conditions)
         if guidance <= 1:
-            return velocity
-        return guidance * velocity + (1 - guidance) * self.predict(latent, t, empty)
+            return self.predict(latent, t, conditions)
+        x = self._embed_latent(latent)
+        both = self._velocity(torch.cat([x, x]), torch.cat([t, t]), conditions.joined(empty))
+        conditional, unconditional = both.chunk(2)
+        return guidance * conditional + (1 - guidance) * unconditional
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -20,7 +20,7 @@ from models.latent_transform import (
     install_condition_statistics,
 )
 from models.lora import merged_state_dict
-from models.mmdit import SIZES, SPEC_OF_SIZE, Conditions, MMDiT
+from models.mmdit import SIZES, SPEC_OF_SIZE, MMDiT
 from models.spec import SPECS
 from models.weights import load_config, load_strict, load_weights, save_config, save_weights
 
@@ -28,6 +28,8 @@ KIND = "mmdit"
 NETWORK_FILE = "network.safetensors"
 TRANSFORM_FILE = "transform.safetensors"
 CONFIG_FILE = "config.json"
+POLICY_FILES = (NETWORK_FILE, TRANSFORM_FILE, CONFIG_FILE)
+"""What `Policy.load` reads; an imported policy has frozen networks beside them."""
 
 
 class Policy:
@@ -111,9 +113,10 @@ class Policy:
         if noise.shape != self.noise_shape(batch):
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {self.noise_shape(batch)}")
         network, device = self.network, self.network.device
-        conditions = _expanded(
-            network.preprocess_conditions(clip_f.to(device), sync_f.to(device), text_f.to(device)), batch
-        )
+        conditions = network.preprocess_conditions(clip_f.to(device), sync_f.to(device), text_f.to(device))
+        num_clips = conditions.clip.shape[0]
+        if num_clips not in (1, batch):
+            raise ValueError(f"features of {num_clips} clips, expected 1 or {batch}, the number of noises")
         empty = conditions
         if guidance > 1:
             empty_clip, empty_sync, empty_text = network.empty_features(1)
@@ -121,10 +124,13 @@ class Policy:
                 empty_text = negative_text.to(device)
                 empty_clip = empty_clip.expand(empty_text.shape[0], -1, -1)
                 empty_sync = empty_sync.expand(empty_text.shape[0], -1, -1)
-            empty = _expanded(network.preprocess_conditions(empty_clip, empty_sync, empty_text), batch)
+            empty = network.preprocess_conditions(empty_clip, empty_sync, empty_text)
+        # One negative text for each candidate of one clip: every candidate then has conditions of its own.
+        conditions = conditions.expand(max(num_clips, empty.clip.shape[0])) if num_clips == 1 else conditions
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return network.guided_velocity(x, t, conditions, empty, guidance)
+            # All candidates are at the same time, so one a condition says it.
+            return network.guided_velocity(x, t[: conditions.clip.shape[0]], conditions, empty, guidance)
 
         sampled = euler_sample(velocity, noise.to(device, torch.float32), num_steps)
         return self.transform.unnormalize(sampled)
@@ -169,7 +175,3 @@ def _empty_network(size: str, device: str | torch.device) -> MMDiT:
 def _empty_transform(size: str, network: MMDiT) -> LatentTransform:
     stored_dim, model_dim = SPECS[SPEC_OF_SIZE[size]].latent_dim, SIZES[size].latent_dim
     return ChannelTransform(network) if stored_dim == model_dim else Whitening(stored_dim, model_dim)
-
-
-def _expanded(conditions: Conditions, batch: int) -> Conditions:
-    return conditions if conditions.clip.shape[0] == batch else conditions.expand(batch)

@@ -27,11 +27,17 @@ FILE_OF_ROLE = {
     "clip": "clip.safetensors",
 }
 """What the weights are called. The VAE's are raw as published: they are folded at loading."""
-ENCODER_ROLES = ("synchformer", "clip")
 
 
-def codec_roles(*, decoding: bool) -> tuple[str, ...]:
-    """The networks of a codec that only encodes, or that decodes too."""
+def encoder_roles(spec: ClipSpec) -> tuple[str, ...]:
+    """The networks of a spec's encoders."""
+    return ("synchformer", "clip") if spec.condition_kind == "clip_synchformer" else ()
+
+
+def codec_roles(spec: ClipSpec, *, decoding: bool) -> tuple[str, ...]:
+    """The networks of a spec's codec, if it only encodes or decodes too."""
+    if spec.name == "tiny":
+        return ()
     return ("vae", "vocoder") if decoding else ("vae",)
 
 
@@ -41,7 +47,7 @@ def load_codec(spec: ClipSpec, folder: Path | None, device: torch.device | str, 
     Raises:
         ValueError: no folder is given, or a file is missing, broken or of another spec.
     """
-    own = _require(folder, codec_roles(decoding=decoding), f"the codec of spec '{spec.name}'")
+    own = _require(folder, codec_roles(spec, decoding=decoding), f"the codec of spec '{spec.name}'")
     vae = vae_from_public(VAE_SIZES[spec.name], _read(own, "vae"), str(own / FILE_OF_ROLE["vae"]))
     vocoder = _load(own, "vocoder", lambda: BigVGAN(VOCODER_SIZES[spec.name])) if decoding else None
     return VAECodec(spec, vae, vocoder).to(device).eval().requires_grad_(False)
@@ -51,11 +57,9 @@ def load_encoders(spec: ClipSpec, folder: Path | None, device: torch.device | st
     """CLIP and Synchformer.
 
     Raises:
-        ValueError: no folder is given, the spec has other conditions, or a file is missing, broken or another network.
+        ValueError: no folder is given, or a file is missing, broken or another network.
     """
-    if spec.condition_kind != "clip_synchformer":
-        raise ValueError(f"encoders 'clip_synchformer' do not give the conditions of spec '{spec.name}'")
-    own = _require(folder, ENCODER_ROLES, "encoders 'clip_synchformer'")
+    own = _require(folder, encoder_roles(spec), "encoders 'clip_synchformer'")
     # Here, because open_clip takes seconds to import and the other presets do without.
     from models.clip import CLIP_VIT_H_14, FrozenCLIP
 
@@ -64,15 +68,10 @@ def load_encoders(spec: ClipSpec, folder: Path | None, device: torch.device | st
     return ClipSynchformerEncoders(spec, clip, synchformer)
 
 
-def missing_roles(folder: Path, roles: Sequence[str]) -> list[str]:
-    """Which of the roles' files are not in the folder."""
-    return [role for role in roles if not (folder / FILE_OF_ROLE[role]).is_file()]
-
-
 def _require(folder: Path | None, roles: Sequence[str], what: str) -> Path:
     if folder is None:
         raise ValueError(f"{what} needs --weights, the folder that jobs/import_mmaudio.py made")
-    missing = missing_roles(folder, roles)
+    missing = [role for role in roles if not (folder / FILE_OF_ROLE[role]).is_file()]
     if missing:
         options = " ".join(f"--{role} FILE" for role in missing)
         raise ValueError(

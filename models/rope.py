@@ -30,11 +30,12 @@ def rotary_table(num_tokens: int, head_dim: int, scale: float, device: torch.dev
 
 
 def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate interleaved channel pairs of x (B, heads, L, head_dim) by a `rotary_table` [2, L, head_dim / 2].
+    """Rotate interleaved channel pairs of x (..., L, head_dim) by a `rotary_table` [2, L, head_dim / 2].
 
     Evaluated and returned in float32: (y_2i, y_2i+1) = (c x_2i - s x_2i+1, s x_2i + c x_2i+1).
     """
     assert x.shape[-2] == table.shape[1], f"{x.shape[-2]} tokens, but a table for {table.shape[1]}"
-    even, odd = rearrange(x.float(), "b h l (d two) -> two b h l d", two=2).unbind(0)
+    even, odd = rearrange(x.float(), "... (d two) -> two ... d", two=2).unbind(0)
     cos, sin = table.unbind(0)
-    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2)
+    rotated = [torch.addcmul(cos * even, sin, odd, value=-1), torch.addcmul(sin * even, cos, odd)]
+    return torch.stack(rotated, dim=-1).flatten(-2)

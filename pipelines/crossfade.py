@@ -24,7 +24,7 @@ def window_starts(total: int, window: int, overlap: int) -> list[int]:
 
 
 def cross_faded(waves: Iterable[np.ndarray], starts: Sequence[int], total: int, fade: int) -> Iterator[np.ndarray]:
-    """Blocks that follow each other and make up `total` samples; holds two windows at a time.
+    """Blocks, none empty, that follow each other and make up `total` samples; holds two windows at a time.
 
     `waves` are float32 [window], one for each start, in order; neighbours share at least `fade` samples, and are
     blended over `fade` of them in the middle of what they share. Starts from `window_starts` with an overlap of
@@ -42,9 +42,11 @@ def cross_faded(waves: Iterable[np.ndarray], starts: Sequence[int], total: int, 
     for start, wave in zip(starts, waves, strict=True):
         if len(previous):
             joint = start + (before + len(previous) - start - fade) // 2
-            yield previous[done - before : joint - before]
             tail, head = previous[joint - before :][:fade], wave[joint - start :][:fade]
-            yield tail * rise[::-1] + head * rise
+            if joint > done:
+                yield previous[done - before : joint - before]
+            if fade:
+                yield tail * rise[::-1] + head * rise
             done = joint + fade
         previous, before = wave, start
     yield previous[done - before : total - before]

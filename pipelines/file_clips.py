@@ -22,8 +22,8 @@ ALL_MAY_MISS = 1.0
 class FileWindow:
     """One window of a file: what SF-CAVP sees of it and what the generator is conditioned on."""
 
-    frames: np.ndarray
-    """uint8 [frames_len, frames_px, frames_px, 3] at 16 fps, after the same JPEG as stored ones."""
+    frames: np.ndarray | None
+    """uint8 [frames_len, frames_px, frames_px, 3] at 16 fps, after the same JPEG as stored ones; None if not wanted."""
     conditions: ConditionRow
 
 
@@ -55,12 +55,18 @@ class FileClips:
         """
         return _as_stored(self._decode(path, start_s, (self._frames,), with_sound=False).frames[0])
 
-    def picture(self, path: str, start_s: float, encoders: ClipEncoders, caption: str) -> FileWindow:
-        """The window from `start_s`, whether or not the file has sound; raises MediaError as `frames`."""
-        grids = tuple(dict.fromkeys((self._frames, *encoders.grids)))
+    def picture(
+        self, path: str, start_s: float, encoders: ClipEncoders, caption: str, *, with_frames: bool = True
+    ) -> FileWindow:
+        """The window from `start_s`, whether or not the file has sound; raises MediaError as `frames`.
+
+        Without `with_frames`, what SF-CAVP sees is neither decoded nor kept.
+        """
+        wanted = (self._frames,) if with_frames else ()
+        grids = tuple(dict.fromkeys((*wanted, *encoders.grids)))
         frames = dict(zip(grids, self._decode(path, start_s, grids, with_sound=False).frames, strict=True))
         conditions = ConditionRow(**encoders.encode(frames, caption))
-        return FileWindow(frames=_as_stored(frames[self._frames]), conditions=conditions)
+        return FileWindow(frames=_as_stored(frames[self._frames]) if with_frames else None, conditions=conditions)
 
     def sound(self, path: str, start_s: float) -> DecodedWindow:
         """The sound of the window from `start_s`, whether or not the file has a picture."""

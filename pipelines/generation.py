@@ -1,51 +1,64 @@
-"""A video -> the same video with generated sound.
+"""A video -> the same video with generated sound; or a video, or words alone, -> a sound.
 
-A generator makes windows of one length; a longer video is covered by overlapping windows whose sounds are blended. At
-most two windows of sound and one of pictures are in memory beside the finished sound. With a reward, each window is
-the best of several candidates.
+A generator makes windows of one length; a longer sound is made of overlapping windows whose ends are blended. Windows
+are made as the writer asks for them, so memory does not grow with the length; with `offload` only one step's networks
+are loaded at a time, and what is between the steps waits on disk. With a reward, each window is the best of several
+candidates.
 """
 
+import math
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from models.codec import build_codec
-from models.encoders import build_encoders
-from models.policy import Policy
-from models.reward import Reward
-from models.spec import SPECS, ClipSpec
+from models.spec import ClipSpec
 from pipelines.crossfade import cross_faded, window_starts
-from pipelines.data.media_write import mux_with_copied_video, picture_duration_s
+from pipelines.data.media_stream import SOUND_SUFFIXES, mux_with_copied_video, picture_duration_s, write_sound
 from pipelines.data.source import SourceReader
-from pipelines.data.store import open_files
 from pipelines.devices import own_device
 from pipelines.errors import InputError, MediaError
-from pipelines.file_clips import FileClips, FileWindow
-from pipelines.preferences.candidates import Sampling, candidate_seeds, sample_candidates
-from pipelines.preferences.generation import CHECKPOINT
-from pipelines.preferences.ranking import Ranker
+from pipelines.generation_line import Arrays, LineStep, Watch, run_line, run_line_offloaded
+from pipelines.generation_steps import (
+    GenerationSettings,
+    Networks,
+    WindowsOfVideo,
+    conditions_step,
+    find_networks,
+    latents_step,
+    sound_step,
+)
+from pipelines.peak_memory import PeakMemory, peak_memory, restart_peak
 
 FADE_S = 0.25
 """Length of a joint between two windows."""
+VIDEO_SUFFIX = ".mp4"
+MAX_WAV_BYTES = (1 << 32) - 1024
+"""A wav file counts its bytes in 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationSettings:
-    """How a sound is made for a video."""
+class GenerationInputs:
+    """What a sound is made of and for: artifacts, and either a video or a duration."""
 
-    prompt: str
-    encoders: str
-    seed: int
-    sampling: Sampling
-    num_candidates: int
-    """More than one needs a reward, which picks the best of each window."""
+    policy: str
+    reward: str | None = None
+    weights: str | None = None
+    """Folder of the frozen public networks; None: the policy's own, where its spec has some."""
+    video: str | None = None
+    duration_s: float | None = None
+    """Seconds of sound from words alone."""
 
     def __post_init__(self) -> None:
-        if self.num_candidates < 1 or self.sampling.num_steps < 1:
-            raise InputError("--num-candidates and --num-steps must be at least 1")
+        if (self.video is None) == (self.duration_s is None):
+            raise InputError("give either --video, whose length the sound takes, or --duration-s for sound without one")
+        if self.duration_s is not None and not (math.isfinite(self.duration_s) and self.duration_s > 0):
+            raise InputError(f"--duration-s {self.duration_s:g} must be a positive number of seconds")
+        if self.video is None and self.reward is not None:
+            raise InputError("--reward judges sound against a picture: leave it out, or give --video")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,101 +69,144 @@ class Generated:
     num_windows: int
     rewards: tuple[float | None, ...]
     """R of each window's sound, None where it was not scored or refused; empty without a reward."""
+    peaks: tuple[tuple[str, PeakMemory], ...]
+    """The most memory that each step took, or all of them together."""
 
 
-class Generator:
-    """Makes the sound of windows with a policy, and a reward where there is one."""
+@dataclass(frozen=True, kw_only=True)
+class WindowPlan:
+    """Windows that cover a sound, in samples."""
 
-    def __init__(self, policy: Policy, reward: Reward | None, settings: GenerationSettings) -> None:
-        """Raises ValueError where the spec has no codec, or the encoders do not exist or do not fit it."""
-        if settings.num_candidates > 1 and reward is None:
-            raise InputError("--num-candidates needs --reward: nothing else says which candidate is best")
-        device = policy.network.device
-        self.spec: ClipSpec = SPECS[policy.spec_name]
-        self.encoders = build_encoders(settings.encoders, self.spec, device)
-        self._policy = policy
-        self._settings = settings
-        self._codec = build_codec(self.spec.name, device)
-        self._device = device
-        self._ranker = None if reward is None else Ranker(reward, self._codec, self.spec.sample_rate_hz, device)
-
-    @property
-    def is_judged(self) -> bool:
-        """Whether a reward picks among candidates."""
-        return self._ranker is not None
-
-    def window(self, window: FileWindow, index: int) -> tuple[np.ndarray, float | None]:
-        """The sound of one window, float32 [num_samples], and its reward; a function of picture, seed and index."""
-        settings = self._settings
-        seeds = candidate_seeds(settings.seed, "generate", index, settings.num_candidates)
-        latents = sample_candidates(self._policy, window.conditions, seeds, settings.sampling)
-        best, reward = 0, None
-        if self._ranker is not None:
-            scores = self._ranker.score(self._ranker.look(window.frames), latents)
-            best = max(range(len(scores)), key=lambda i: scores[i].total if scores[i].valid else -np.inf)
-            reward = scores[best].total if scores[best].valid else None
-        chosen = latents[best : best + 1]
-        if not torch.isfinite(chosen).all():
-            raise InputError("the policy gives sound that is not finite; give another checkpoint")
-        return self._codec.decode(chosen.to(self._device))[0].cpu().numpy(), reward
+    total: int
+    fade: int
+    starts: tuple[int, ...]
 
 
-def load_generator(policy: str, reward: str | None, settings: GenerationSettings) -> Generator:
-    """Load the checkpoints.
-
-    Raises:
-        InputError: one is missing or of another kind, or the spec has no codec.
-    """
-    device = own_device()
-    try:
-        loaded = Policy.load(open_files(policy, CHECKPOINT)[0].local_path(), device)
-        judge = None if reward is None else Reward.load(open_files(reward, CHECKPOINT)[0].local_path(), device)
-        return Generator(loaded, judge, settings)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+def plan_windows(duration_s: float, spec: ClipSpec) -> WindowPlan:
+    """The windows of a spec over so many seconds; at least one sample."""
+    total = max(round(duration_s * spec.sample_rate_hz), 1)
+    fade = round(FADE_S * spec.sample_rate_hz)
+    return WindowPlan(total=total, fade=fade, starts=tuple(window_starts(total, spec.num_samples, fade + 1)))
 
 
 def generate(
-    generator: Generator,
+    inputs: GenerationInputs,
     settings: GenerationSettings,
     *,
-    video: str,
     out: str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    offload: bool = False,
+    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> Generated:
-    """Write `out`, an mp4 with the picture of `video`, its packets copied, and the generated sound.
+    """Write `out`: an mp4 with the video's picture, its packets copied, and the sound; or a wav or FLAC of the sound.
 
-    The file appears under its name only when complete. `progress` is told how many windows of how many are done.
+    The file appears under its name only when complete.
+
+    Args:
+        inputs: artifacts and source.
+        settings: how the sound is made.
+        out: a file of an existing local folder, ending in .mp4, .wav or .flac.
+        offload: load one step's networks at a time; the result is the same.
+        progress: is told step, windows done, windows in all.
 
     Raises:
-        InputError: the video cannot be used, with the reason; `out` is not in a folder that exists.
+        InputError: something that is given cannot be used, with the reason.
+        EnvironmentFailed: `out` or the space beside it cannot be written.
     """
+    if settings.num_candidates > 1 and inputs.reward is None:
+        raise InputError("--num-candidates needs --reward: nothing else says which candidate is best")
+    target = _checked_target(out, inputs)
+    networks = find_networks(inputs.policy, inputs.reward, inputs.weights, own_device())
+    rate_hz = networks.spec.sample_rate_hz
+    with ExitStack() as stack:
+        picture, duration_s = _source(inputs, stack)
+        plan = plan_windows(duration_s, networks.spec)
+        if target.suffix.lower() == ".wav" and 2 * plan.total > MAX_WAV_BYTES:
+            raise InputError(f"--out {out}: {duration_s:.0f} s are too long for a wav; end it in .flac")
+        video = None
+        if picture is not None:
+            starts_s = tuple(start / rate_hz for start in plan.starts)
+            video = WindowsOfVideo(path=picture, name=inputs.video or "", starts_s=starts_s)
+        run = _Run(networks=networks, settings=settings, video=video, num_windows=len(plan.starts), progress=progress)
+        spool = Path(stack.enter_context(_spool(target))) if offload else None
+        blocks = cross_faded(run.waves(spool), plan.starts, plan.total, plan.fade)
+        if picture is not None and target.suffix.lower() == VIDEO_SUFFIX:
+            mux_with_copied_video(picture, blocks, rate_hz, target)
+        else:
+            write_sound(blocks, rate_hz, target)
+    return Generated(
+        duration_s=duration_s, num_windows=len(plan.starts), rewards=tuple(run.rewards), peaks=tuple(run.peaks)
+    )
+
+
+class _Run:
+    """One generation: its line of steps, and what is learnt while it runs."""
+
+    def __init__(
+        self,
+        *,
+        networks: Networks,
+        settings: GenerationSettings,
+        video: WindowsOfVideo | None,
+        num_windows: int,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        self.rewards: list[float | None] = []
+        self.peaks: list[tuple[str, PeakMemory]] = []
+        self._num_windows = num_windows
+        self._steps = (
+            LineStep(name="conditions", load=lambda: conditions_step(networks, settings, video)),
+            LineStep(name="latents", load=lambda: latents_step(networks, settings)),
+            LineStep(name="sound", load=lambda: sound_step(networks, settings)),
+        )
+        self._watch = Watch(
+            progress=progress,
+            begins=lambda name: restart_peak(networks.device),
+            ended=lambda name: self.peaks.append((name, peak_memory(networks.device))),
+        )
+
+    def waves(self, spool: Path | None) -> Iterator[np.ndarray]:
+        """float32 [num_samples] of each window, made when it is asked for; nothing is loaded before."""
+        for arrays in self._line(spool):
+            if "reward" in arrays:
+                total = float(arrays["reward"])
+                self.rewards.append(None if math.isnan(total) else total)
+            yield arrays["wave"]
+
+    def _line(self, spool: Path | None) -> Iterator[Arrays]:
+        if spool is None:
+            return run_line(self._steps, self._num_windows, self._watch)
+        return run_line_offloaded(self._steps, self._num_windows, spool, self._watch)
+
+
+def _checked_target(out: str, inputs: GenerationInputs) -> Path:
     target = Path(out)
     if "://" in out or not target.parent.is_dir():
         raise InputError(f"--out {out}: give a file in a local folder that exists")
-    rewards: list[float | None] = []
+    if target.is_dir():
+        raise InputError(f"--out {out} is a folder; give the name of a file")
+    suffix = target.suffix.lower()
+    if suffix not in (VIDEO_SUFFIX, *SOUND_SUFFIXES):
+        raise InputError(
+            f"--out {out} must end in .mp4 for the video with the sound, .wav or .flac for the sound alone"
+        )
+    if suffix == VIDEO_SUFFIX and inputs.video is None:
+        raise InputError(f"--out {out}: without --video there is no picture; end it in .wav or .flac")
+    if inputs.video is not None and target.exists() and Path(inputs.video).exists() and target.samefile(inputs.video):
+        raise InputError(f"--out {out} is the video itself; give another name")
+    return target
+
+
+def _source(inputs: GenerationInputs, stack: ExitStack) -> tuple[Path | None, float]:
+    """A local file with the picture, if there is one, and the seconds of sound that are wanted."""
+    if inputs.video is None:
+        return None, inputs.duration_s or 0.0
     try:
-        with SourceReader().open(video) as media, FileClips(generator.spec) as clips:
-            duration_s = picture_duration_s(media.path)
-            total = max(round(duration_s * generator.spec.sample_rate_hz), 1)
-            fade = round(FADE_S * generator.spec.sample_rate_hz)
-            starts = window_starts(total, generator.spec.num_samples, fade + 1)
-
-            def waves() -> Iterator[np.ndarray]:
-                for index, start in enumerate(starts):
-                    start_s = start / generator.spec.sample_rate_hz
-                    window = clips.picture(str(media.path), start_s, generator.encoders, settings.prompt)
-                    wave, reward = generator.window(window, index)
-                    rewards.append(reward)
-                    progress(index + 1, len(starts))
-                    yield wave
-
-            sound = np.concatenate(list(cross_faded(waves(), starts, total, fade)))
-            mux_with_copied_video(media.path, sound, generator.spec.sample_rate_hz, target)
+        media = stack.enter_context(SourceReader().open(inputs.video))
     except MediaError as error:
-        raise InputError(f"{video} cannot be used ({error.reason}): {error.detail}") from error
-    return Generated(
-        duration_s=duration_s,
-        num_windows=len(starts),
-        rewards=tuple(rewards) if generator.is_judged else (),
-    )
+        raise InputError(f"{inputs.video} cannot be used ({error.reason}): {error.detail}") from error
+    return media.path, picture_duration_s(media.path)
+
+
+def _spool(target: Path) -> tempfile.TemporaryDirectory[str]:
+    # Beside the result and not in /tmp, which may be memory.
+    return tempfile.TemporaryDirectory(prefix=f"{target.name}.", suffix=".spool", dir=target.parent)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from models.mmdit import SPEC_OF_SIZE
 from models.policy import CONFIG_FILE, KIND, NETWORK_FILE
+from models.pretrained import FILE_OF_ROLE as FROZEN_FILES
 from models.weights import save_config
 from pipelines.data.storage import open_folder
 from pipelines.data.store import files_manifest
 from pipelines.errors import EnvironmentFailed, InputError
-from pipelines.public_files import FileIdentity, identify, read_state_dict
+from pipelines.public_files import FileIdentity, identify, local_file, read_state_dict
 from pipelines.public_models import (
     PUBLIC_MODELS,
     ROLES,
@@ -34,13 +35,7 @@ from pipelines.tracking import Tracker
 
 STAGE = "import_mmaudio"
 CHECKPOINT = "checkpoint"
-FILE_OF_ROLE = {
-    "network": NETWORK_FILE,
-    "vae": "vae.safetensors",
-    "vocoder": "vocoder.safetensors",
-    "synchformer": "synchformer.safetensors",
-}
-"""What the weights are called. The VAE's stay raw as published: `models.vae.vae_from_public` folds them at loading."""
+FILE_OF_ROLE = {"network": NETWORK_FILE, **FROZEN_FILES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +65,8 @@ class Source:
     def describe(self) -> str:
         """The line that a person sees: file, checksum, licence."""
         known = "as published" if self.is_published else "not the published file"
+        if self.model.md5 is None:
+            known = "no checksum of it is on record here: compare it with its publisher's"
         return (
             f"{self.model.role} {self.model.variant}: {self.identity.path.name}, md5 {self.identity.md5} ({known}); "
             f"licence of the weights: {self.model.licence}"
@@ -90,10 +87,10 @@ def import_mmaudio(
     """Make a policy of a named size, and what else is given, from published files; the network is required.
 
     Args:
-        files: path of the file by role (`public_models.ROLES`).
+        files: path of the file by role (`public_models.ROLES`), or hf://OWNER/REPOSITORY/FILE in the hub's cache.
         size: the policy's size.
         out: the artifact's folder, on a mounted file system.
-        trust_unknown_checksum: take files whose md5 is not on record.
+        trust_unknown_checksum: take files whose md5 is not the one on record.
         models: what the files may be.
         options_yaml: the resolved options in preset form.
         track: opens the stage's run.
@@ -108,9 +105,7 @@ def import_mmaudio(
     open_folder(out).local_path()
     sources: list[Source] = []
     for role in (role for role in ROLES if role in files):
-        if "://" in files[role]:
-            raise InputError(f"--{role} {files[role]} is no local file; copy it to a disk of this machine first")
-        model, identity = find_model(models, role, size), identify(Path(files[role]))
+        model, identity = find_model(models, role, size), identify(local_file(role, files[role]))
         is_published = check_identity(model, identity, models, trust_unknown=trust_unknown_checksum)
         sources.append(Source(model=model, identity=identity, is_published=is_published))
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from models.weights import load_weights
 from pipelines.errors import InputError
 
 CHUNK_BYTES = 1 << 24
+HUB = "hf://"
 MAX_REASON_CHARS = 120
 _FORBIDDEN = re.compile(r"GLOBAL (\S+)")
 """How torch's weights-only unpickler names what a pickle asked for and does not get."""
@@ -32,6 +34,31 @@ class FileIdentity:
     bytes: int
     md5: str
     sha256: str
+
+
+def local_file(role: str, location: str) -> Path:
+    """The file of a role: a local path, or hf://OWNER/REPOSITORY/FILE as it lies in the Hugging Face cache.
+
+    Nothing is downloaded.
+
+    Raises:
+        InputError: another URI, or the file is not in the cache.
+    """
+    if not location.startswith(HUB):
+        if "://" in location:
+            raise InputError(f"--{role} {location} is no local file; copy it to a disk of this machine first")
+        return Path(location)
+    owner, _, rest = location.removeprefix(HUB).partition("/")
+    repository, _, name = rest.partition("/")
+    if not (owner and repository and name):
+        raise InputError(f"--{role} {location}: give {HUB}OWNER/REPOSITORY/FILE")
+    cached = try_to_load_from_cache(f"{owner}/{repository}", name)
+    if not isinstance(cached, str):
+        raise InputError(
+            f"--{role} {location} is not in the hub's cache on this machine (HF_HUB_CACHE moves it), and nothing is "
+            f"downloaded unasked; say: hf download {owner}/{repository} {name}"
+        )
+    return Path(cached)
 
 
 def identify(path: Path) -> FileIdentity:

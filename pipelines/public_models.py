@@ -1,7 +1,7 @@
 """The published networks: the file that each comes in, its md5 and licence, and what its weights have to fit.
 
-A role is the part a network plays (`network`, `vae`, `vocoder`, `synchformer`); within it a variant is a policy's size
-(`network`), a clip spec (`vae`, `vocoder`), or the only one there is.
+A role is the part a network plays (`network`, `vae`, `vocoder`, `synchformer`, `clip`); within it a variant is a
+policy's size (`network`), a clip spec (`vae`, `vocoder`), or the only one there is.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from models.weights import load_strict, without_legacy_mmdit_keys
 from pipelines.errors import InputError
 from pipelines.public_files import FileIdentity
 
-ROLES = ("network", "vae", "vocoder", "synchformer")
+ROLES = ("network", "vae", "vocoder", "synchformer", "clip")
 ANY_SIZE = "any size"
 PREFIX = "vfeat_extractor."
 """Of the whole Synchformer only its visual encoder is used; its keys begin so."""
@@ -110,6 +110,13 @@ def _synchformer() -> nn.Module:
     return Synchformer(SYNCHFORMER)
 
 
+def _clip() -> nn.Module:
+    # Here, because open_clip takes seconds to import.
+    from models.clip import CLIP_VIT_H_14, FrozenCLIP
+
+    return FrozenCLIP(CLIP_VIT_H_14)
+
+
 def _visual_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
 
@@ -175,6 +182,15 @@ PUBLIC_MODELS: tuple[PublicModel, ...] = (
         build=_synchformer,
         rename=_visual_part,
     ),
+    PublicModel(
+        role="clip",
+        variant=ANY_SIZE,
+        file_name="open_clip_pytorch_model.bin of apple/DFN5B-CLIP-ViT-H-14-384",
+        md5=None,
+        licence="Apple's own: see the model card of apple/DFN5B-CLIP-ViT-H-14-384",
+        build=_clip,
+        rename=dict,
+    ),
 )
 
 
@@ -195,10 +211,13 @@ def find_model(models: Sequence[PublicModel], role: str, size: str) -> PublicMod
 def check_identity(
     wanted: PublicModel, found: FileIdentity, models: Sequence[PublicModel], *, trust_unknown: bool
 ) -> bool:
-    """Whether the file is the published one; False for another that is trusted.
+    """Whether the file is known to be the published one.
+
+    Where no md5 of it is on record (the 44.1 kHz vocoder, CLIP) that cannot be known, and names, shapes and numbers
+    have to do.
 
     Raises:
-        InputError: it is another published file, or unknown and not trusted.
+        InputError: it is another published file, or not the one on record and not trusted.
     """
     if found.md5 == wanted.md5:
         return True
@@ -206,13 +225,12 @@ def check_identity(
     for other in models:
         if found.md5 == other.md5:
             raise InputError(f"{option} is {other.title}, wanted is {wanted.title}")
-    if trust_unknown:
+    if trust_unknown or wanted.md5 is None:
         return False
-    if wanted.md5 is None:
-        expected = f"no md5 of {wanted.file_name} is on record here; compare it with its publisher's, then"
-    else:
-        expected = f"the published {wanted.file_name} has {wanted.md5}; download it again, or if it is a fine-tune"
-    raise InputError(f"{option} has md5 {found.md5}, {expected} add --trust-unknown-checksum")
+    raise InputError(
+        f"{option} has md5 {found.md5}, the published {wanted.file_name} has {wanted.md5}; download it again, or if it "
+        "is a fine-tune add --trust-unknown-checksum"
+    )
 
 
 def refuse_other_size(

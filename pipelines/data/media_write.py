@@ -1,4 +1,4 @@
-"""The writer of media: mp4 with picture and sound, sound put under a copied picture, FLAC and wav.
+"""The writer of media that is in memory: mp4 with picture and sound, FLAC and wav.
 
 Sound and picture are placed by presentation time stamps. An AAC encoder puts 1024 samples of its own before the first
 one; the mp4 edit list takes them off again, so a reader that goes by time stamps sees both start at 0.
@@ -14,21 +14,17 @@ from typing import IO
 
 import av
 import numpy as np
-from av.container import InputContainer, OutputContainer
+from av.container import OutputContainer
 from av.packet import Packet
-from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from pipelines.data.media import open_media
-from pipelines.errors import InputError, MediaError
+from pipelines.errors import MediaError
 
-AUDIO_BITS_PER_S = 64_000
+AUDIO_BITS_PER_SAMPLE = 4
+"""64 kb/s at 16 kHz, 176 kb/s at 44.1 kHz."""
 AUDIO_OPTIONS = {"aac_coder": "fast"}
 """A third of the time of FFmpeg's default search, at a bit rate where the difference is not heard."""
 VIDEO_OPTIONS = {"preset": "ultrafast", "crf": "18"}
-MAX_PIXELS = 8192 * 8192
-HEVC_APPLE_TAG = "hvc1"
-"""Kept where the source has it: some players refuse H.265 under the tag that FFmpeg gives by itself."""
 FULL_SCALE = 32768
 """int16 sample k stands for k / 32768."""
 
@@ -40,7 +36,7 @@ def write_mp4(
     wave: np.ndarray,
     sample_rate_hz: int,
 ) -> None:
-    """Write H.264 (ultrafast, crf 18) and AAC (64 kb/s), both from time 0.
+    """Write H.264 (ultrafast, crf 18) and AAC (4 bits a sample), both from time 0.
 
     Args:
         destination: a path, or an open binary file that can seek.
@@ -63,8 +59,8 @@ def write_mp4(
         picture.width, picture.height, picture.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         # One thread: the bytes do not depend on the machine.
         picture.codec_context.thread_count = 1
-        sound = _SoundEncoder(out, sample_rate_hz)
-        for packet in merge(_encoded_pictures(picture, frames, rate_hz), sound.packets(wave), key=_decode_time):
+        sound = SoundEncoder(out, sample_rate_hz)
+        for packet in merge(_encoded_pictures(picture, frames, rate_hz), sound.packets([wave]), key=decode_time):
             out.mux(packet)
 
 
@@ -76,136 +72,53 @@ def _encoded_pictures(stream: VideoStream, frames: np.ndarray, rate_hz: Fraction
     yield from stream.encode(None)
 
 
-class _SoundEncoder:
+class SoundEncoder:
     """AAC in an output container."""
 
     def __init__(self, out: OutputContainer, rate_hz: int) -> None:
+        """Adds the stream; raises ValueError where AAC does not take the rate."""
         self._stream = out.add_stream(
-            "aac", rate=rate_hz, layout="mono", bit_rate=AUDIO_BITS_PER_S, options=AUDIO_OPTIONS
+            "aac", rate=rate_hz, layout="mono", bit_rate=AUDIO_BITS_PER_SAMPLE * rate_hz, options=AUDIO_OPTIONS
         )
         self._rate_hz = rate_hz
         allowed = self._stream.codec_context.codec.audio_rates or []
         if rate_hz not in allowed:
             raise ValueError(f"AAC does not take {rate_hz} Hz; it takes {sorted(allowed)}")
 
-    def packets(self, wave: np.ndarray) -> Iterator[Packet]:
-        """Packets of a mono waveform [S] that starts at time 0."""
-        frame = av.AudioFrame.from_ndarray(_checked(wave)[None], format="fltp", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = self._rate_hz, 0, Fraction(1, self._rate_hz)
-        yield from self._stream.encode(frame)
+    def packets(self, blocks: Iterable[np.ndarray]) -> Iterator[Packet]:
+        """Packets of a mono waveform that starts at time 0 and comes in blocks, float [S] in [-1, 1]."""
+        for frame in sound_frames(map(checked_sound, blocks), self._rate_hz, "fltp"):
+            yield from self._stream.encode(frame)
         yield from self._stream.encode(None)
 
 
-def _checked(wave: np.ndarray) -> np.ndarray:
+def sound_frames(blocks: Iterable[np.ndarray], rate_hz: int, sample_format: str) -> Iterator[av.AudioFrame]:
+    """Mono frames that follow each other from time 0; blocks are of the dtype that the format wants."""
+    done = 0
+    for block in blocks:
+        frame = av.AudioFrame.from_ndarray(block[None], format=sample_format, layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = rate_hz, done, Fraction(1, rate_hz)
+        done += len(block)
+        yield frame
+
+
+def checked_sound(wave: np.ndarray) -> np.ndarray:
+    """Float [S] -> float32 [S] clipped to [-1, 1]; raises ValueError where it is not [S], empty or not finite."""
     if wave.ndim != 1 or not len(wave) or not np.isfinite(wave).all():
         raise ValueError(f"sound of shape {wave.shape} must be [S], not empty and finite")
     return np.clip(wave, -1.0, 1.0).astype(np.float32)
 
 
-def _decode_time(packet: Packet) -> Fraction:
+def decode_time(packet: Packet) -> Fraction:
+    """Seconds of a packet's decoding time stamp, by its own time base; packets are interleaved by it."""
     if packet.dts is None or packet.time_base is None:
         return Fraction(0)
     return packet.dts * packet.time_base
 
 
-def mux_with_copied_video(source: str | Path, wave: np.ndarray, rate_hz: int, destination: str | Path) -> None:
-    """Put a new sound under the picture of a video file; the picture's packets are copied, not encoded again.
-
-    The sound starts at the file's own time 0 and is cut, or filled with silence, to the end of the picture; the
-    source's own sound and other streams are left out. The result appears under its name only when complete.
-
-    Args:
-        source: a media file with a moving picture.
-        wave: float [S] in [-1, 1], mono.
-        rate_hz: one of AAC's rates.
-        destination: path of the mp4 to write.
-
-    Raises:
-        InputError: the source cannot be read, has no picture, or one that mp4 does not hold.
-        ValueError: the sound cannot be written.
-    """
-    temporary = Path(f"{destination}.part")
-    try:
-        with Path(source).open("rb") as file, open_media(file, MAX_PIXELS) as container:
-            video = _moving_picture(container, source)
-            packets = [p for p in container.demux(video) if p.dts is not None and p.size]
-            start = Fraction(container.start_time or 0, av.time_base)
-            _write_copied(temporary, video, packets, start, wave, rate_hz)
-        temporary.replace(destination)
-    except (MediaError, av.FFmpegError) as error:
-        raise InputError(f"{source} cannot be given another sound: {error}; give an intact video file") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def picture_duration_s(source: str | Path) -> float:
-    """Seconds from a file's own time 0 to the end of its picture, from its packets; nothing is decoded.
-
-    This is how long the sound of `mux_with_copied_video` becomes.
-
-    Raises:
-        InputError: the source cannot be read or has no picture.
-    """
-    try:
-        with Path(source).open("rb") as file, open_media(file, MAX_PIXELS) as container:
-            video = _moving_picture(container, source)
-            ends = [_end(packet) for packet in container.demux(video) if packet.size]
-            if not ends or video.time_base is None:
-                raise MediaError("empty", "its picture has no packets")
-            return float(max(ends) * video.time_base - Fraction(container.start_time or 0, av.time_base))
-    except (OSError, MediaError, av.FFmpegError) as error:
-        raise InputError(f"{source} cannot be read: {error}; give an intact video file") from error
-
-
-def _moving_picture(container: InputContainer, source: str | Path) -> VideoStream:
-    for stream in container.streams.video:
-        if not stream.disposition & (Disposition.attached_pic | Disposition.still_image):
-            return stream
-    raise InputError(f"{source} has no moving picture; give a video file")
-
-
-def _write_copied(
-    path: Path, video: VideoStream, packets: list[Packet], start: Fraction, wave: np.ndarray, rate_hz: int
-) -> None:
-    if not packets or video.time_base is None:
-        raise MediaError("empty", "its picture has no packets")
-    unit = video.time_base
-    shift = round(start / unit)
-    end = max(map(_end, packets)) - shift
-    with av.open(str(path), "w", format="mp4") as out:
-        try:
-            picture = out.add_stream_from_template(video, opaque=True)
-        except ValueError as error:
-            raise MediaError("unsupported_codec", str(error)) from error
-        if video.codec_context.codec_tag == HEVC_APPLE_TAG:
-            picture.codec_context.codec_tag = HEVC_APPLE_TAG
-        sound = _SoundEncoder(out, rate_hz)
-        # Merged by the source's clock, then handed to the new file's streams.
-        fitted = _fit(wave, round(end * unit * rate_hz))
-        for packet in merge(_shifted(packets, shift), sound.packets(fitted), key=_decode_time):
-            if packet.stream is video:
-                packet.stream = picture
-            out.mux(packet)
-
-
-def _end(packet: Packet) -> int:
-    """When a packet's frame stops being shown, in its time base."""
-    return (packet.pts if packet.pts is not None else packet.dts or 0) + (packet.duration or 0)
-
-
-def _shifted(packets: Iterable[Packet], shift: int) -> Iterator[Packet]:
-    for packet in packets:
-        packet.dts = None if packet.dts is None else packet.dts - shift
-        packet.pts = None if packet.pts is None else packet.pts - shift
-        yield packet
-
-
-def _fit(wave: np.ndarray, num_samples: int) -> np.ndarray:
-    return np.pad(wave[:num_samples], (0, max(num_samples - len(wave), 0)))
-
-
-def _int16(wave: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(_checked(wave) * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+def to_int16(wave: np.ndarray) -> np.ndarray:
+    """Float [S] in [-1, 1] -> int16 [S], rounded; raises ValueError as `checked_sound`."""
+    return np.clip(np.rint(checked_sound(wave) * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
 
 
 def encode_flac(wave: np.ndarray, rate_hz: int) -> bytes:
@@ -217,9 +130,8 @@ def encode_flac(wave: np.ndarray, rate_hz: int) -> bytes:
     sink = io.BytesIO()
     with av.open(sink, "w", format="flac") as out:
         stream = out.add_stream("flac", rate=rate_hz, layout="mono", format="s16")
-        frame = av.AudioFrame.from_ndarray(_int16(wave)[None], format="s16", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = rate_hz, 0, Fraction(1, rate_hz)
-        out.mux(stream.encode(frame))
+        for frame in sound_frames([to_int16(wave)], rate_hz, "s16"):
+            out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return sink.getvalue()
 
@@ -256,5 +168,5 @@ def wav_bytes(wave: np.ndarray, rate_hz: int) -> bytes:
         out.setnchannels(1)
         out.setsampwidth(2)
         out.setframerate(rate_hz)
-        out.writeframes(_int16(wave).tobytes())
+        out.writeframes(to_int16(wave).tobytes())
     return sink.getvalue()

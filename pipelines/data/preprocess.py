@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 
 from models.codec import build_codec
-from models.encoders import VideoGrid, build_encoders
+from models.encoders import VideoGrid, build_encoders, check_encoders
+from models.pretrained import codec_roles, encoder_roles
 from models.spec import SPECS, ClipSpec
 from pipelines.data.contracts import FEATURES, REJECTS
 from pipelines.data.decoding import MAX_ATTEMPTS, RETRIED_REASONS, DecodeLimits, Decoder
@@ -35,7 +36,8 @@ from pipelines.data.tables import table_from_rows
 from pipelines.data.units import Pool, Unit, cut_units, run_units
 from pipelines.data.window import DecodedWindow, FrameGrid, WindowRequest
 from pipelines.devices import own_device
-from pipelines.errors import InputError, MediaError, Refused
+from pipelines.errors import EnvironmentFailed, InputError, MediaError, Refused
+from pipelines.frozen import FrozenNetworks, open_frozen
 from pipelines.stage import StageContext, run_stage
 
 STAGE = "preprocess"
@@ -55,6 +57,8 @@ class PreprocessSettings:
     max_pixels: int = 4096 * 2304
     timeout_s: float = 60.0
     """Of one clip's decoding; not part of the fingerprint, like all that depends on the machine."""
+    weights: str | None = None
+    """Folder of the frozen networks; what is in it enters the fingerprint, the place does not."""
 
     def __post_init__(self) -> None:
         if self.spec not in SPECS:
@@ -97,16 +101,16 @@ def preprocess(
         options_yaml: kept as `config.yaml` beside the artifact.
 
     Raises:
-        InputError: unknown encoders, no codec, two entries of one key, a folder of another configuration.
+        InputError: unknown encoders, missing networks, two entries of one key, a folder of another configuration.
         Refused: the dataset is complete, and more was rejected than allowed, or nothing is left.
     """
-    _check_parts_exist(settings)
+    frozen = find_networks(settings)
     run_stage(
         name=STAGE,
         config=settings.fingerprinted(),
-        inputs={"manifest": entries.fingerprint},
+        inputs={"manifest": entries.fingerprint, **frozen.as_input},
         out=out,
-        body=partial(_run, entries=entries, settings=settings, pool=pool),
+        body=partial(_run, entries=entries, settings=settings, frozen=frozen, pool=pool),
         version=FEATURES.version,
         options_yaml=options_yaml,
     )
@@ -115,16 +119,23 @@ def preprocess(
     return dataset
 
 
-def _check_parts_exist(settings: PreprocessSettings) -> None:
-    """Fail before any work starts, not in the first worker."""
+def find_networks(settings: PreprocessSettings) -> FrozenNetworks:
+    """The frozen networks that the settings need; fails before any work starts, not in the first worker.
+
+    Raises:
+        InputError: unknown encoders, or of another spec, or a network is not there.
+    """
+    spec = settings.clip_spec
     try:
-        build_encoders(settings.encoders, settings.clip_spec, "cpu")
-        build_codec(settings.spec, "cpu")
+        check_encoders(settings.encoders, spec)
     except ValueError as error:
         raise InputError(f"--spec {settings.spec} --encoders {settings.encoders}: {error}") from error
+    return open_frozen(settings.weights, (*codec_roles(spec, decoding=False), *encoder_roles(spec)))
 
 
-def _run(context: StageContext, *, entries: Entries, settings: PreprocessSettings, pool: Pool) -> None:
+def _run(
+    context: StageContext, *, entries: Entries, settings: PreprocessSettings, frozen: FrozenNetworks, pool: Pool
+) -> None:
     lengths = measure_lengths(entries, settings, max(pool.num_workers, 1)) if settings.windows == "all" else {}
     rows = plan_windows(
         entries.entries,
@@ -136,14 +147,15 @@ def _run(context: StageContext, *, entries: Entries, settings: PreprocessSetting
     units = cut_units([row.as_dict() for row in rows])
     work = partial(run_units, units, pool, contract=FEATURES, spec=settings.clip_spec, out=context.out, label="clips")
     if pool.num_workers == 0:
-        with closing(ClipWorker(settings, own_device())) as worker:
+        with closing(ClipWorker(settings, frozen, own_device())) as worker:
             work(factory=lambda device: worker)
     else:
-        work(factory=partial(ClipWorker, settings))
+        work(factory=partial(ClipWorker, settings, frozen))
     content = dataset_manifest(context.folder, FEATURES, settings.clip_spec)
     if content["counts"]["in"] != len(rows):
         raise RuntimeError(f"{len(rows)} windows went in, {content['counts']['in']} came out or were rejected")
     content["counts"]["repeated"] = entries.num_repeated
+    content["frozen"] = dict(frozen.sha256)
     made = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, FEATURES)
     shown = {f"reject/{reason}": count for reason, count in reject_counts(made).items()}
     context.tracker.metrics(0, {**content["counts"], **{f"clips/{k}": n for k, n in made.splits.items()}, **shown})
@@ -202,12 +214,12 @@ def reject_counts(dataset: Dataset) -> dict[str, int]:
 class ClipWorker:
     """Decodes and encodes the clips of units; lives as long as its actor."""
 
-    def __init__(self, settings: PreprocessSettings, device: torch.device) -> None:
+    def __init__(self, settings: PreprocessSettings, frozen: FrozenNetworks, device: torch.device) -> None:
         self._settings = settings
         self._device = device
         self._spec = settings.clip_spec
-        self._encoders = build_encoders(settings.encoders, self._spec, device)
-        self._codec = build_codec(settings.spec, device)
+        self._encoders = build_encoders(settings.encoders, self._spec, device, frozen.folder)
+        self._codec = build_codec(settings.spec, device, frozen.folder, decoding=False)
         self._frames = VideoGrid(
             rate_hz=self._spec.frames_rate_hz,
             size_px=self._spec.frames_px,
@@ -282,6 +294,9 @@ class ClipWorker:
         try:
             values = self._encoders.encode(frames, caption)
             mean, std = self._codec.encode(torch.from_numpy(wave)[None].to(self._device))
+        except torch.OutOfMemoryError as error:
+            # The machine's fault and not the clip's: a reject would lose it.
+            raise EnvironmentFailed(f"a worker's GPU is full ({error}); give fewer workers a GPU and resume") from error
         except (ValueError, RuntimeError) as error:
             raise MediaError("encoder_error", f"{type(error).__name__}: {error}") from error
         values = {**values, "latent_mean": mean[0].float().cpu().numpy(), "latent_std": std[0].float().cpu().numpy()}

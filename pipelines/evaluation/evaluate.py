@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from models.codec import build_codec
-from models.policy import CONFIG_FILE, KIND, Policy
+from models.policy import CONFIG_FILE, KIND, POLICY_FILES, Policy
 from models.reward import Reward
 from models.spec import SPECS, ClipSpec
 from models.weights import load_config
@@ -24,6 +24,7 @@ from pipelines.evaluation.measuring import ClipMeasurer, EvaluationWorker
 from pipelines.evaluation.scores import ClipScores
 from pipelines.evaluation.subjects import EvaluationSettings, plan_units
 from pipelines.evaluation.summary import point_values
+from pipelines.frozen import FrozenNetworks, open_codec
 from pipelines.preferences.generation import CHECKPOINT
 from pipelines.stage import Outcome, StageContext, run_stage, stage_run
 from pipelines.tracking import Tracker
@@ -39,6 +40,8 @@ class EvaluationInputs:
     reward: str
     policy: str | None
     """None where nothing is sampled."""
+    weights: str | None = None
+    """Folder of the codec's networks; None: the policy's own, where it has some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,7 @@ class MakeWorker:
 
     inputs: EvaluationInputs
     settings: EvaluationSettings
+    codec: FrozenNetworks
 
     def __call__(self, device: torch.device) -> EvaluationWorker:
         """Load the models onto a device; raises InputError where a checkpoint does not fit this code."""
@@ -61,12 +65,12 @@ class MakeWorker:
         reward, _ = open_files(self.inputs.reward, CHECKPOINT)
         policy = None
         if self.settings.needs_policy and self.inputs.policy is not None:
-            folder, _ = open_files(self.inputs.policy, CHECKPOINT)
+            folder, _ = open_files(self.inputs.policy, CHECKPOINT, only=POLICY_FILES)
             policy = Policy.load(folder.local_path(), device)
         return ClipMeasurer(
             policy=policy,
             reward=Reward.load(reward.local_path(), device),
-            codec=build_codec(spec.name, device),
+            codec=build_codec(spec.name, device, self.codec.folder),
             spec=spec,
             settings=self.settings,
             device=device,
@@ -94,6 +98,7 @@ def evaluate(
     fingerprints = {"features": features.fingerprint, "reward": open_files(inputs.reward, CHECKPOINT)[1]["fingerprint"]}
     if settings.needs_policy:
         fingerprints["policy"] = _check_policy(inputs.policy, features)
+    codec = open_codec(inputs.weights, features.spec, features, inputs.policy)
     units = plan_units(features, settings)
 
     def body(context: StageContext) -> None:
@@ -103,7 +108,7 @@ def evaluate(
         run_units(
             units,
             pool,
-            factory=MakeWorker(inputs=inputs, settings=settings),
+            factory=MakeWorker(inputs=inputs, settings=settings, codec=codec),
             contract=SCORES,
             spec=features.spec,
             out=context.out,
@@ -118,7 +123,7 @@ def evaluate(
     outcome = run_stage(
         name=STAGE,
         config=settings.affecting_bytes(),
-        inputs=fingerprints,
+        inputs={**fingerprints, **codec.as_input},
         out=out,
         body=body,
         version=SCORES.version,
@@ -139,7 +144,7 @@ def _check_policy(location: str | None, features: Dataset) -> str:
     """The policy's fingerprint; raises InputError where it is not for the features' clips."""
     if location is None:
         raise InputError("--policy is missing: this subject samples from one")
-    folder, manifest = open_files(location, CHECKPOINT)
+    folder, manifest = open_files(location, CHECKPOINT, only=POLICY_FILES)
     try:
         spec_name = load_config(folder.local_path(CONFIG_FILE), KIND).get("spec")
     except ValueError as error:

@@ -18,7 +18,7 @@ import torch
 from models import policy as policies
 from models import reward as rewards
 from models.codec import build_codec
-from models.policy import Policy
+from models.policy import POLICY_FILES, Policy
 from models.reward import Reward
 from models.spec import SPECS, ClipSpec
 from models.weights import load_config
@@ -26,6 +26,7 @@ from pipelines.data.contracts import FEATURES, PAIRS
 from pipelines.data.store import Dataset, dataset_manifest, open_files, read_manifest
 from pipelines.data.units import Pool, Unit, run_units
 from pipelines.errors import InputError, Refused
+from pipelines.frozen import FrozenNetworks, open_codec
 from pipelines.preferences.make_pairs import STAGE, PairMaker, PairSettings, PairWorker, plan_units
 from pipelines.preferences.pairs import count_outcomes
 from pipelines.preferences.ranking import Ranker
@@ -46,6 +47,8 @@ class PairInputs:
     reward: str
     features: str
     split: str
+    weights: str | None = None
+    """Folder of the codec's networks; None: the policy's own, where it has some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +59,16 @@ class MakePairWorker:
     settings: PairSettings
     lineage: tuple[str, str]
     """Fingerprints of policy and reward."""
+    codec: FrozenNetworks
 
     def __call__(self, device: torch.device) -> PairWorker:
         """Load the models onto a device."""
         features = Dataset.open(self.inputs.features, FEATURES)
-        policy, _ = open_files(self.inputs.policy, CHECKPOINT)
+        policy, _ = open_files(self.inputs.policy, CHECKPOINT, only=POLICY_FILES)
         reward, _ = open_files(self.inputs.reward, CHECKPOINT)
         spec = features.spec
-        ranker = Ranker(
-            Reward.load(reward.local_path(), device), build_codec(spec.name, device), spec.sample_rate_hz, device
-        )
+        codec = build_codec(spec.name, device, self.codec.folder)
+        ranker = Ranker(Reward.load(reward.local_path(), device), codec, spec.sample_rate_hz, device)
         maker = PairMaker(Policy.load(policy.local_path(), device), ranker, spec, self.settings)
         policy_fingerprint, reward_fingerprint = self.lineage
         lineage = {
@@ -95,12 +98,16 @@ def generate_pairs(
     """
     features = Dataset.open(inputs.features, FEATURES)
     fingerprints = check_inputs(inputs, features)
+    codec = open_codec(inputs.weights, features.spec, features, inputs.policy)
     reward_saw_clips = seen_in_training(inputs, features)
 
     def body(context: StageContext) -> None:
         units = plan_units(features, inputs.split, settings)
         factory = MakePairWorker(
-            inputs=inputs, settings=settings, lineage=(fingerprints["policy"], fingerprints["reward"])
+            inputs=inputs,
+            settings=settings,
+            lineage=(fingerprints["policy"], fingerprints["reward"]),
+            codec=codec,
         )
         run_units(units, pool, factory=factory, contract=PAIRS, spec=features.spec, out=context.out, label=STAGE)
         content = _summarised(context, features.spec, units)
@@ -109,7 +116,7 @@ def generate_pairs(
     run_stage(
         name=STAGE,
         config={**settings.affecting_bytes(), "split": inputs.split},
-        inputs=fingerprints,
+        inputs={**fingerprints, **codec.as_input},
         out=out,
         body=body,
         version=PAIRS.version,
@@ -129,7 +136,7 @@ def check_inputs(inputs: PairInputs, features: Dataset) -> dict[str, str]:
             f"{inputs.features} has no clips of split '{inputs.split}', only {features.splits}; name the one to use "
             f"with --split (with --split train the reward ranks clips it was trained on, which the manifest records)"
         )
-    policy_folder, policy = open_files(inputs.policy, CHECKPOINT)
+    policy_folder, policy = open_files(inputs.policy, CHECKPOINT, only=POLICY_FILES)
     reward_folder, reward = open_files(inputs.reward, CHECKPOINT)
     try:
         spec_name = load_config(policy_folder.local_path(policies.CONFIG_FILE), policies.KIND).get("spec")

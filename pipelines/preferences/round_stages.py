@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from models.preference import PreferenceLossConfig
@@ -14,6 +14,7 @@ from pipelines.data.units import Pool
 from pipelines.errors import InputError, Refused
 from pipelines.evaluation.evaluate import EvaluationInputs, evaluate, measures
 from pipelines.evaluation.subjects import EvaluationSettings
+from pipelines.frozen import open_codec
 from pipelines.preferences.gate import Check, GateLimits, GateMode, Verdict, judge
 from pipelines.preferences.generation import PairInputs, check_inputs, generate_pairs
 from pipelines.preferences.make_pairs import PairSettings
@@ -21,8 +22,8 @@ from pipelines.preferences.pairs import stable_seed
 from pipelines.preferences.rounds import Objective, RoundCost, launch_manifest, plan_lines, refused_line, run_rounds
 from pipelines.stage import StageContext, lineage_tags, plan_stage, run_stage, stage_run, untracked
 from pipelines.tracking import Tracker, open_launch
-from pipelines.training.options import TrainingOptions
-from pipelines.training.stages import Launching, train_rpo
+from pipelines.training.options import Execution, LoRA, TrainingOptions
+from pipelines.training.stages import Launching, lora_affecting_bytes, train_rpo
 from pipelines.training.workers import WorkerGroup, warm_workers
 
 STAGE = "rpo_rounds"
@@ -40,6 +41,8 @@ class PreferenceTraining:
     sdpo_mu: float | None
     strict_guards: bool
     probe_every: int
+    lora: LoRA | None = None
+    """Adapters to train in each round, merged before the next; None: every weight."""
 
     def of_round(self, round_index: int) -> TrainingOptions:
         """The options of one round: other draws each round, the same for policy and control."""
@@ -48,7 +51,12 @@ class PreferenceTraining:
     def affecting_bytes(self) -> dict[str, Any]:
         """The fields as JSON values, for the fingerprint."""
         guards = {"sdpo_mu": self.sdpo_mu, "strict_guards": self.strict_guards, "probe_every": self.probe_every}
-        return {**self.options.affecting_bytes(), "loss": asdict(self.loss), **guards}
+        return {
+            **self.options.affecting_bytes(),
+            **lora_affecting_bytes(self.lora),
+            "loss": asdict(self.loss),
+            **guards,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +103,8 @@ class Resources:
     """Ray Train workers that train and sample; 0 works in this process, without Ray."""
     gpus_per_worker: int | None = None
     """0 or 1; None: one where the cluster has so many now."""
+    execution: Execution = field(default_factory=Execution)
+    """How the policy's network is run while it trains."""
     max_reject_rate: float = 0.05
     track_launch: Callable[[StageContext], Tracker] = launch_tracker
     track_stage: Callable[[StageContext], Tracker] = stage_run
@@ -112,7 +122,8 @@ class PipelineStages:
         say: Callable[[str], None],
     ) -> None:
         """`group`: warm workers; None where all is done in this process."""
-        self._inputs = inputs
+        # The policies of later rounds have no codec beside them: M_0's is used, which `check_launch` has found.
+        self._inputs = replace(inputs, weights=inputs.weights or inputs.policy)
         self._settings = settings
         self._resources = resources
         self._group = group
@@ -143,10 +154,12 @@ class PipelineStages:
             launching=Launching(
                 num_workers=self._resources.num_workers,
                 group=self._group,
+                execution=self._resources.execution,
                 track=self._resources.track_stage,
                 say=self._say,
             ),
             kind=objective,
+            lora=training.lora,
             sdpo_mu=training.sdpo_mu,
             strict_guards=training.strict_guards,
             probe_every=training.probe_every,
@@ -155,7 +168,12 @@ class PipelineStages:
     def evaluate(self, policy: str, out: str) -> None:
         """See `RoundStages`."""
         evaluate(
-            EvaluationInputs(features=self._inputs.features, reward=self._inputs.reward, policy=policy),
+            EvaluationInputs(
+                features=self._inputs.features,
+                reward=self._inputs.reward,
+                policy=policy,
+                weights=self._inputs.weights,
+            ),
             self._settings.evaluation,
             out=out,
             pool=self._pool,
@@ -250,7 +268,8 @@ def launch_rounds(
 def check_launch(inputs: PairInputs, settings: RoundSettings) -> dict[str, str]:
     """Fingerprints of the inputs; raises InputError where one is missing, does not fit, or lacks a split."""
     features = Dataset.open(inputs.features, FEATURES)
-    fingerprints = check_inputs(inputs, features)
+    codec = open_codec(inputs.weights, features.spec, features, inputs.policy)
+    fingerprints = {**check_inputs(inputs, features), **codec.as_input}
     held_out = settings.evaluation.split
     if features.num_rows(held_out) == 0:
         raise InputError(

@@ -5,7 +5,7 @@ conditions are dropped. Validation uses fixed draws and never drops a condition.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from models.flow_matching import flow_matching_loss, interpolate, sample_condition_drops, sample_times
+from models.lora import add_adapters
 from models.mmdit import SIZES
 from models.policy import Policy
 from pipelines.data.contracts import FEATURES
 from pipelines.data.store import Dataset
 from pipelines.data.tables import column_to_numpy
 from pipelines.training.objective import Batch, DataRef, Draws, Exported, Gather, Trainee
+from pipelines.training.options import Execution, LoRA
 
 CONDITIONS = ("clip_features", "sync_features", "text_features")
 
@@ -47,6 +49,21 @@ def flow_draws(draws: Draws, noise_shape: tuple[int, int], *, drop: bool) -> Bat
         "drop_video": torch.cat(drop_video),
         "drop_text": torch.cat(drop_text),
     }
+
+
+def load_for_training(start: str, device: torch.device, lora: LoRA | None, seed: int, execution: Execution) -> Policy:
+    """Load a policy to be trained on `device`: with `lora` frozen beneath adapters started from `seed`.
+
+    Weights go from the file to the device, never through a second copy in the host's memory.
+    """
+    policy = Policy.load(Path(start), device)
+    if lora is not None:
+        add_adapters(policy.network, lora.rank, lora.alpha, seed)
+    if execution.activation_checkpointing:
+        policy.network.checkpoint_activations = True
+    if execution.compile:
+        policy.network.compile_blocks()
+    return policy
 
 
 class FlowMatchingTrainee(Trainee):
@@ -84,6 +101,11 @@ class FlowMatchingObjective:
     size: str
     train_split: str = "train"
     val_split: str | None = "val"
+    lora: LoRA | None = None
+    """Adapters to train; None: every weight."""
+    lora_seed: int = 0
+    """Seed of the adapters' start."""
+    execution: Execution = field(default_factory=Execution)
 
     name = "flow_matching"
     columns = (*CONDITIONS, "latent_mean", "latent_std")
@@ -104,8 +126,7 @@ class FlowMatchingObjective:
 
     def build(self, device: torch.device) -> Trainee:
         """Load the starting policy."""
-        policy = Policy.load(Path(self.start)).to(device)
-        return FlowMatchingTrainee(policy)
+        return FlowMatchingTrainee(load_for_training(self.start, device, self.lora, self.lora_seed, self.execution))
 
     def collate(self, rows: pa.Table, draws: Draws) -> Batch:
         """Conditions, a latent drawn from the codec's posterior, and the draws of flow matching."""

@@ -115,7 +115,7 @@ class PolicyTrainingOptions(TrainingOptions):
     lora_alpha: float | None = None
     """The adapters' update is scaled by this over the rank; None: by 1."""
     activation_checkpointing: bool = False
-    """Compute each block again in the backward pass: a quarter slower, and memory for one block's activations."""
+    """Compute each block again in the backward pass: a third more work, and memory for one block's activations."""
     compile: bool = False
     """Compile each block; minutes at the start, faster steps on a GPU."""
 

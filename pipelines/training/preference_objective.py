@@ -1,12 +1,13 @@
 """Preference training of a policy on pairs (DPO-FM), and its equal-steps control `winner_fm`.
 
 Winner and loser, policy and reference all see the same noise, time, conditions and condition drops. The reference is
-the policy the round starts from, frozen; it is loaded beside the trainee and never saved with it. The control trains on
-the same winners with the same order and draws, without loser, preference term or reference.
+the policy the round starts from, frozen; it is loaded beside the trainee and never saved with it. Where adapters are
+trained, the policy without them IS the reference, and there is no second copy. The control trains on the same winners
+with the same order and draws, without loser, preference term or reference.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.flow_matching import flow_matching_loss, interpolate
+from models.lora import without_adapters
 from models.mmdit import SIZES, Conditions, MMDiT
 from models.policy import Policy
 from models.preference import (
@@ -26,8 +28,9 @@ from models.preference import (
     quartile_means,
 )
 from pipelines.data.contracts import PAIRS
-from pipelines.training.flow_matching_objective import CONDITIONS, flow_draws, tensor
+from pipelines.training.flow_matching_objective import CONDITIONS, flow_draws, load_for_training, tensor
 from pipelines.training.objective import Batch, DataRef, Draws, Exported, Gather, Trainee
+from pipelines.training.options import Execution, LoRA
 
 Kind = Literal["dpo", "winner_fm"]
 
@@ -54,7 +57,10 @@ def _residuals(network: MMDiT, batch: Batch, winner: Tensor, loser: Tensor) -> T
 class PreferenceTrainee(Trainee):
     """A policy's network, its frozen reference, and the DPO-FM loss."""
 
-    def __init__(self, policy: Policy, reference: Policy, config: PreferenceLossConfig, sdpo_mu: float | None) -> None:
+    def __init__(
+        self, policy: Policy, reference: Policy | None, config: PreferenceLossConfig, sdpo_mu: float | None
+    ) -> None:
+        """`reference`: None where the policy has adapters and is the reference without them."""
         super().__init__()
         self.network = policy.network
         self._policy = (policy,)
@@ -62,7 +68,8 @@ class PreferenceTrainee(Trainee):
         self._config = config
         self._sdpo_mu = sdpo_mu
         self._monitor = CollapseMonitor()
-        reference.network.eval().requires_grad_(False)
+        if reference is not None:
+            reference.network.eval().requires_grad_(False)
 
     @property
     def policy(self) -> Policy:
@@ -70,8 +77,8 @@ class PreferenceTrainee(Trainee):
         return self._policy[0]
 
     @property
-    def reference(self) -> Policy:
-        """The policy the round started from."""
+    def reference(self) -> Policy | None:
+        """The policy the round started from, where it is a copy of its own."""
         return self._reference[0]
 
     def forward(self, batch: Batch, gather: Gather) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,8 +90,7 @@ class PreferenceTrainee(Trainee):
         normalize = self.policy.transform.normalize
         winner, loser = normalize(batch["winner"]), normalize(batch["loser"])
         residuals = _residuals(self.network, batch, winner, loser)
-        with torch.no_grad():
-            reference = _residuals(self.reference.network, batch, winner, loser)
+        reference = self._reference_residuals(batch, winner, loser)
         policy_winner, policy_loser = residuals.square().mean(dim=(1, 2)).chunk(2)
         reference_winner, reference_loser = reference.square().mean(dim=(1, 2)).chunk(2)
         scale = None
@@ -98,6 +104,13 @@ class PreferenceTrainee(Trainee):
             reference_loser=reference_loser,
         )
         return errors, scale
+
+    @torch.no_grad()
+    def _reference_residuals(self, batch: Batch, winner: Tensor, loser: Tensor) -> Tensor:
+        if self.reference is not None:
+            return _residuals(self.reference.network, batch, winner, loser)
+        with without_adapters(self.network):
+            return _residuals(self.network, batch, winner, loser)
 
     def summarise(self, metrics: dict[str, float]) -> dict[str, float]:
         """Sums by time quartile become means."""
@@ -173,6 +186,11 @@ class PreferenceObjective:
     sdpo_mu: float | None = None
     strict_guards: bool = False
     probe_steps: int = 0
+    lora: LoRA | None = None
+    """Adapters to train; None: every weight."""
+    lora_seed: int = 0
+    """Seed of the adapters' start."""
+    execution: Execution = field(default_factory=Execution)
 
     columns = (*CONDITIONS, "winner", "loser")
     validation_data = None
@@ -198,11 +216,14 @@ class PreferenceObjective:
         return DataRef(location=self.pairs, contract=PAIRS.name, split=None, keep_column="kept")
 
     def build(self, device: torch.device) -> Trainee:
-        """Load the round's start, and once more as the reference."""
-        policy = Policy.load(Path(self.start)).to(device)
+        """Load the round's start, and once more as the reference if every weight is trained."""
+        policy = load_for_training(self.start, device, self.lora, self.lora_seed, self.execution)
         if self.kind == "winner_fm":
             return WinnerTrainee(policy)
-        return PreferenceTrainee(policy, Policy.load(Path(self.start)).to(device), self.loss, self.sdpo_mu)
+        reference = None
+        if self.lora is None:
+            reference = load_for_training(self.start, device, None, self.lora_seed, self.execution)
+        return PreferenceTrainee(policy, reference, self.loss, self.sdpo_mu)
 
     def collate(self, rows: pa.Table, draws: Draws) -> Batch:
         """Conditions, both sounds, and the draws of flow matching, one set a pair."""

@@ -60,8 +60,8 @@ def decode_wave(flac: bytes, rate_hz: int) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _codec(spec_name: str) -> Codec:
-    return build_codec(spec_name, "cpu")
+def _codec(spec_name: str, weights: str | None) -> Codec:
+    return build_codec(spec_name, "cpu", None if weights is None else Path(weights))
 
 
 class SFCAVPTrainee(Trainee):
@@ -97,6 +97,8 @@ class SFCAVPObjective:
     codec_share: float = 0.0
     """Share of the samples whose sound goes through the codec. Everything a generator makes has, so a reward that has
     only met recorded sound hears the codec first and the event second."""
+    weights: str | None = None
+    """Folder of the codec's networks, where it has some."""
     train_split: str = "train"
     val_split: str = "val"
 
@@ -145,7 +147,7 @@ class SFCAVPObjective:
             latents = torch.tensor(column_to_numpy(rows["latent_mean"]))
             for index, lot in enumerate(lots):
                 if float(torch.rand((), generator=lot)) < self.codec_share:
-                    decoded = _codec(self.spec_name).decode(latents[index : index + 1])[0]
+                    decoded = _codec(self.spec_name, self.weights).decode(latents[index : index + 1])[0]
                     resampled = torchaudio.functional.resample(decoded, self.sample_rate_hz, SAMPLE_RATE_HZ)
                     waves[index] = resampled[: len(waves[index])]
         return waves

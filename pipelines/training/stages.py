@@ -8,11 +8,10 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.codec import build_codec
 from models.mmdit import SIZES, SPEC_OF_SIZE
 from models.policy import CONFIG_FILE, KIND
 from models.preference import PreferenceLossConfig
@@ -23,6 +22,7 @@ from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, PAIRS
 from pipelines.data.store import Dataset, files_manifest, open_files
 from pipelines.errors import InputError
+from pipelines.frozen import FrozenNetworks, open_codec
 from pipelines.progress import Progress
 from pipelines.stage import Outcome, StageContext, run_stage, stage_run
 from pipelines.tracking import Tracker
@@ -31,7 +31,7 @@ from pipelines.training.journal import read_journal
 from pipelines.training.launch import fit
 from pipelines.training.loop import CHECKPOINTS, JOURNAL, TrainingOrder, TrainingResult
 from pipelines.training.objective import Objective
-from pipelines.training.options import TrainingOptions
+from pipelines.training.options import Execution, LoRA, TrainingOptions
 from pipelines.training.preference_objective import Kind, PreferenceObjective
 from pipelines.training.sf_cavp_objective import SFCAVPObjective, fit_starting_sf_cavp
 from pipelines.training.workers import WorkerGroup
@@ -50,6 +50,8 @@ class Launching:
     """0 or 1; None: one where the cluster has so many now."""
     group: WorkerGroup | None = None
     """A warm group to use instead of new workers."""
+    execution: Execution = field(default_factory=Execution)
+    """How a policy's network is run; a reward has no use for it."""
     options_yaml: str | None = None
     track: Callable[[StageContext], Tracker] = stage_run
     say: Callable[[str], None] = print
@@ -65,24 +67,24 @@ def train_sf_cavp(
     train_split: str = "train",
     val_split: str = "val",
     codec_share: float = 0.0,
+    weights: str | None = None,
 ) -> Outcome:
     """Train an SF-CAVP of a named size; leave a calibrated reward and its gates.
 
-    `codec_share` of the sounds go through the codec on their way, as everything does that the reward will rank.
+    `codec_share` of the sounds go through the codec on their way, as everything does that the reward will rank; for
+    clips whose codec has networks they lie at `weights`.
 
     Raises:
-        InputError: the features are missing, a split is empty, or the clips have no codec.
+        InputError: the features are missing, a split is empty, or the codec's networks are not there.
     """
     if size not in SF_CAVP_SIZES:
         raise InputError(f"--size {size}: known sizes are {', '.join(SF_CAVP_SIZES)}")
     dataset = Dataset.open(features, FEATURES)
     for split in (train_split, val_split):
         _check_split(dataset, split, features)
+    codec = FrozenNetworks()
     if codec_share > 0:
-        try:
-            build_codec(dataset.spec.name)
-        except ValueError as error:
-            raise InputError(f"--codec-share {codec_share:g}: {error}; give 0") from error
+        codec = open_codec(weights, dataset.spec, dataset, policy=None)
 
     def body(context: StageContext) -> None:
         start = context.folder.local_path(START)
@@ -94,6 +96,7 @@ def train_sf_cavp(
             sample_rate_hz=dataset.spec.sample_rate_hz,
             spec_name=dataset.spec.name,
             codec_share=codec_share,
+            weights=codec.location,
             train_split=train_split,
             val_split=val_split,
         )
@@ -106,7 +109,8 @@ def train_sf_cavp(
         "codec_share": codec_share,
         **options.affecting_bytes(),
     }
-    return _stage("train_sf_cavp", config, {"features": dataset.fingerprint}, out, body, launching)
+    inputs = {"features": dataset.fingerprint, **codec.as_input}
+    return _stage("train_sf_cavp", config, inputs, out, body, launching)
 
 
 def train_mmdit(
@@ -117,18 +121,22 @@ def train_mmdit(
     options: TrainingOptions,
     launching: Launching,
     init: str | None = None,
+    lora: LoRA | None = None,
     train_split: str = "train",
     val_split: str = "val",
 ) -> Outcome:
     """Train a policy of a named size by flow matching, from nothing or from the policy at `init`.
 
     From nothing, the latent transform is fitted on the training split before step 0; from a policy it is inherited.
+    With `lora` only adapters are trained, and what is left is a plain policy all the same.
 
     Raises:
         InputError: an input is missing or does not fit the size.
     """
     if size not in SIZES:
         raise InputError(f"--size {size}: known sizes are {', '.join(SIZES)}")
+    if lora is not None and init is None:
+        raise InputError(f"--lora-rank {lora.rank} trains adapters beside a trained policy: give it with --init")
     dataset = Dataset.open(features, FEATURES)
     _check_spec(dataset, SPEC_OF_SIZE[size], features)
     _check_split(dataset, train_split, features)
@@ -149,10 +157,14 @@ def train_mmdit(
             size=size,
             train_split=train_split,
             val_split=val_split if dataset.num_rows(val_split) else None,
+            lora=lora,
+            lora_seed=options.seed,
+            execution=launching.execution,
         )
         _train(context, objective, options, launching, {"size": size, "spec": SPEC_OF_SIZE[size]})
 
-    config = {"size": size, "split": train_split, "val_split": val_split, **options.affecting_bytes()}
+    config = {"size": size, "split": train_split, "val_split": val_split}
+    config |= {**options.affecting_bytes(), **lora_affecting_bytes(lora)}
     return _stage("train_mmdit", config, inputs, out, body, launching)
 
 
@@ -165,11 +177,14 @@ def train_rpo(
     loss: PreferenceLossConfig,
     launching: Launching,
     kind: Kind = "dpo",
+    lora: LoRA | None = None,
     sdpo_mu: float | None = None,
     strict_guards: bool = False,
     probe_every: int = 0,
 ) -> Outcome:
     """Train on from `policy` on the kept pairs: by preferences (`dpo`), or by the control (`winner_fm`).
+
+    With `lora` only adapters are trained, and what is left is a plain policy all the same.
 
     Raises:
         InputError: an input is missing, or policy and pairs do not fit.
@@ -190,14 +205,22 @@ def train_rpo(
             sdpo_mu=sdpo_mu,
             strict_guards=strict_guards,
             probe_steps=probe_every,
+            lora=lora,
+            lora_seed=options.seed,
+            execution=launching.execution,
         )
         lineage = {"size": size, "spec": SPEC_OF_SIZE[size], "objective": kind}
         _train(context, objective, options, launching, lineage)
 
-    config: dict[str, Any] = {"objective": kind, **options.affecting_bytes()}
+    config: dict[str, Any] = {"objective": kind, **options.affecting_bytes(), **lora_affecting_bytes(lora)}
     if kind == "dpo":
         config |= {**vars(loss), "sdpo_mu": sdpo_mu, "strict_guards": strict_guards, "probe_every": probe_every}
     return _stage("train_rpo", config, inputs, out, body, launching)
+
+
+def lora_affecting_bytes(lora: LoRA | None) -> dict[str, Any]:
+    """The adapters as JSON values for a fingerprint; nothing where every weight is trained."""
+    return {} if lora is None else {"lora_rank": lora.rank, "lora_alpha": lora.alpha}
 
 
 def _stage(

@@ -31,7 +31,7 @@ def test_a_preset_names_the_size_and_without_one_it_has_to_be_said() -> None:
         parse("small_16k", "--out", "o")
 
 
-def test_all_four_files_become_a_policy_and_its_options_are_kept(
+def test_all_five_files_become_a_policy_and_its_options_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     use_tiny_sizes(monkeypatch)

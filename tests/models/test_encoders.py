@@ -36,7 +36,7 @@ def test_frames_of_another_number_are_refused() -> None:
 
 
 def test_unknown_encoders_and_a_spec_they_do_not_serve_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'clap'.*\['grids'"):
+    with pytest.raises(ValueError, match=r"'clap'.*'clip_synchformer', 'grids'"):
         build_encoders("clap", SPECS["tiny"])
     with pytest.raises(ValueError, match="'16k'"):
         build_encoders("grids", SPECS["16k"])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.mmdit import SIZES, MMDiT, MMDiTConfig
+from models.clip import CLIP_VIT_H_14, CLIPConfig, FrozenCLIP
+from models.mmdit import SIZES, SPEC_OF_SIZE, MMDiT, MMDiTConfig
 from models.synchformer import SYNCHFORMER, Synchformer, SynchformerConfig
 from models.vae import VAE_SIZES, MelVAE, VAEConfig
 from models.vocoder import VOCODER_SIZES, BigVGAN, VocoderConfig
@@ -17,12 +18,53 @@ OTHER_SIZE = replace(TINY_V1, latent_dim=40)
 VAES = {spec: VAEConfig(num_mels=VAE_SIZES[spec].num_mels, latent_dim=4, width=4) for spec in VAE_SIZES}
 VOCODERS = {spec: replace(VOCODER_SIZES[spec], initial_channels=64) for spec in VOCODER_SIZES}
 SYNCH = SynchformerConfig(width=24, depth=1, num_heads=2, mlp_dim=32)
+CLIP = CLIPConfig(
+    embed_dim=8,
+    image_px=28,
+    patch_px=14,
+    image_width=16,
+    image_depth=1,
+    image_head_width=16,
+    text_width=16,
+    text_depth=1,
+    text_heads=2,
+    vocabulary=64,
+)
 FILE_NAMES = {
     "network": "mmaudio_small_16k.pth",
     "vae": "v1-16.pth",
     "vocoder": "best_netG.pt",
     "synchformer": "synchformer_state_dict.pth",
+    "clip": "open_clip_pytorch_model.bin",
 }
+NARROW_NETWORK = MMDiTConfig(
+    latent_dim=20,
+    clip_dim=1024,
+    sync_dim=768,
+    text_dim=1024,
+    hidden_dim=64,
+    num_heads=1,
+    depth=3,
+    fused_depth=2,
+    latent_len=250,
+    clip_len=64,
+    sync_len=192,
+    text_len=77,
+)
+NARROW_VAE = replace(VAES["16k"], latent_dim=20)
+NARROW_SYNCH = SynchformerConfig(width=768, depth=1, num_heads=12, mlp_dim=768)
+NARROW_CLIP = CLIPConfig(
+    embed_dim=1024,
+    image_px=378,
+    patch_px=14,
+    image_width=16,
+    image_depth=1,
+    image_head_width=16,
+    text_width=1024,
+    text_depth=1,
+    text_heads=16,
+)
+"""Few layers and little inside, but what goes in and out has the true widths and lengths of small_16k."""
 
 
 def use_tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +75,17 @@ def use_tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(VAE_SIZES, spec, VAES[spec])
         monkeypatch.setitem(VOCODER_SIZES, spec, VOCODERS[spec])
     monkeypatch.setattr("pipelines.public_models.SYNCHFORMER", SYNCH)
+    monkeypatch.setattr("models.clip.CLIP_VIT_H_14", CLIP)
+
+
+def use_narrow_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `small_16k` be networks with the true shapes of everything that passes between them."""
+    monkeypatch.setitem(SIZES, "small_16k", NARROW_NETWORK)
+    monkeypatch.setitem(VAE_SIZES, "16k", NARROW_VAE)
+    monkeypatch.setitem(VOCODER_SIZES, "16k", VOCODERS["16k"])
+    monkeypatch.setattr("pipelines.public_models.SYNCHFORMER", NARROW_SYNCH)
+    monkeypatch.setattr("models.pretrained.SYNCHFORMER", NARROW_SYNCH)
+    monkeypatch.setattr("models.clip.CLIP_VIT_H_14", NARROW_CLIP)
 
 
 def network_state(config: MMDiTConfig) -> dict[str, Tensor]:
@@ -58,7 +111,10 @@ def vocoder_state(config: VocoderConfig) -> dict[str, Tensor]:
     for name, tensor in _filled(BigVGAN(config)).items():
         if name.endswith(".weight"):
             published[f"{name}_v"] = tensor
-            published[f"{name}_g"] = torch.linspace(0.5, 1.5, len(tensor)).reshape(-1, *[1] * (tensor.ndim - 1))
+            # A loud last convolution would saturate: sound that is clipped throughout is refused by every reward.
+            scale = 0.02 if name == "conv_post.weight" else 1.0
+            gains = scale * torch.linspace(0.5, 1.5, len(tensor))
+            published[f"{name}_g"] = gains.reshape(-1, *[1] * (tensor.ndim - 1))
         else:
             published[name] = tensor
     return published
@@ -72,26 +128,38 @@ def synchformer_state(config: SynchformerConfig) -> dict[str, Tensor]:
     }
 
 
+def clip_state(config: CLIPConfig) -> dict[str, Tensor]:
+    return _filled(FrozenCLIP(config))
+
+
 def write_published(
     folder: Path,
     network: MMDiTConfig = TINY_V1,
     vae: VAEConfig = VAES["16k"],
     vocoder: VocoderConfig = VOCODERS["16k"],
     synchformer: SynchformerConfig = SYNCH,
+    clip: CLIPConfig = CLIP,
 ) -> dict[str, str]:
-    """The four files of one size; returns their paths by role. The defaults are those of `use_tiny_sizes`."""
+    """The five files of one size; returns their paths by role. The defaults are those of `use_tiny_sizes`."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {role: str(folder / name) for role, name in FILE_NAMES.items()}
     torch.save(network_state(network), files["network"])
     torch.save(vae_state(vae), files["vae"])
     torch.save({"generator": vocoder_state(vocoder)}, files["vocoder"])
     torch.save(synchformer_state(synchformer), files["synchformer"])
+    torch.save(clip_state(clip), files["clip"])
     return files
 
 
-def write_full_size(folder: Path) -> dict[str, str]:
-    """The same at the true shapes of small_16k: 2.4 GB."""
-    return write_published(folder, SIZES["small_16k"], VAE_SIZES["16k"], VOCODER_SIZES["16k"], SYNCHFORMER)
+def write_narrow(folder: Path) -> dict[str, str]:
+    """The same for `use_narrow_sizes`: 300 MB, most of it word pieces."""
+    return write_published(folder, NARROW_NETWORK, NARROW_VAE, VOCODERS["16k"], NARROW_SYNCH, NARROW_CLIP)
+
+
+def write_full_size(folder: Path, size: str = "small_16k") -> dict[str, str]:
+    """The same at the true shapes of a named size: 6 GB and more."""
+    spec = SPEC_OF_SIZE[size]
+    return write_published(folder, SIZES[size], VAE_SIZES[spec], VOCODER_SIZES[spec], SYNCHFORMER, CLIP_VIT_H_14)
 
 
 def _filled(module: nn.Module) -> dict[str, Tensor]:

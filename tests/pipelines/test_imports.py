@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from models.clip import FrozenCLIP
 from models.mmdit import SIZES, MMDiT
 from models.policy import Policy
 from models.synchformer import Synchformer
@@ -25,7 +26,7 @@ from pipelines.public_models import PUBLIC_MODELS
 from pipelines.stage import untracked
 from tests.models.mmdit_golden import TINY_V1, seeded
 from tests.pipelines import public_factory
-from tests.pipelines.public_factory import SYNCH, VAES, VOCODERS, use_tiny_sizes, write_full_size, write_published
+from tests.pipelines.public_factory import CLIP, SYNCH, VAES, VOCODERS, use_tiny_sizes, write_full_size, write_published
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_AND_MEASURE = """
@@ -103,7 +104,9 @@ def test_the_policys_files_are_those_that_a_policy_saves(files: dict[str, str], 
         assert (tmp_path / "m0" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
 
 
-def test_codec_vocoder_and_synchformer_lie_beside_it_and_load_strictly(files: dict[str, str], tmp_path: Path) -> None:
+def test_codec_vocoder_synchformer_and_clip_lie_beside_it_and_load_strictly(
+    files: dict[str, str], tmp_path: Path
+) -> None:
     run(files, tmp_path / "m0")
     vae = vae_from_public(VAES["16k"], load_file(tmp_path / "m0" / "vae.safetensors"), "m0")
     expected = vae_from_public(VAES["16k"], public_factory.vae_state(VAES["16k"]), "published")
@@ -111,6 +114,7 @@ def test_codec_vocoder_and_synchformer_lie_beside_it_and_load_strictly(files: di
     assert torch.equal(vae.encode(mel)[0], expected.encode(mel)[0])
     load_strict(BigVGAN(VOCODERS["16k"]), load_file(tmp_path / "m0" / "vocoder.safetensors"), "m0")
     load_strict(Synchformer(SYNCH), load_file(tmp_path / "m0" / "synchformer.safetensors"), "m0")
+    load_strict(FrozenCLIP(CLIP), load_file(tmp_path / "m0" / "clip.safetensors"), "m0")
 
 
 def test_manifest_and_lines_say_what_it_was_made_from_and_under_which_licence(
@@ -125,7 +129,8 @@ def test_manifest_and_lines_say_what_it_was_made_from_and_under_which_licence(
         assert entry["is_published"] is False
         said = [line for line in lines if f" {role} " in line]
         assert len(said) == 1
-        assert f"md5 {found.md5} (not the published file)" in said[0]
+        known = "no checksum of it is on record here" if role == "clip" else "not the published file"
+        assert f"md5 {found.md5} ({known}" in said[0]
         assert entry["licence"] in said[0]
     assert {file["path"] for file in manifest["files"]} == {
         "config.json",

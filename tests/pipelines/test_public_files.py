@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipelines.errors import InputError
-from pipelines.public_files import identify, read_state_dict
+from pipelines.public_files import identify, local_file, read_state_dict
 
 STATE = {"a": torch.arange(3000.0), "b": torch.eye(5)[:, :2]}
 
@@ -31,6 +31,28 @@ def refusal(path: Path, entry: str | None = None) -> str:
     assert str(path) in message
     assert "\n" not in message
     return message
+
+
+def test_a_file_of_the_hub_is_taken_from_its_cache_and_never_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.socket", None)
+    snapshot = tmp_path / "models--apple--DFN5B" / "snapshots" / "abc"
+    (snapshot / "weights").mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    (snapshot / "weights" / "x.bin").write_bytes(b"x")
+    assert local_file("clip", "hf://apple/DFN5B/weights/x.bin") == snapshot / "weights" / "x.bin"
+    with pytest.raises(
+        InputError, match=r"DFN5B/y.bin is not in the hub's cache.*hf download apple/DFN5B y"
+    ):
+        local_file("clip", "hf://apple/DFN5B/y.bin")
+    with pytest.raises(InputError, match="hf://OWNER/REPOSITORY/FILE"):
+        local_file("clip", "hf://apple/DFN5B")
+    with pytest.raises(InputError, match="is no local file"):
+        local_file("vae", "s3://bucket/v1-16.pth")
+    assert local_file("vae", "/w/v1-16.pth") == Path("/w/v1-16.pth")
 
 
 def test_a_file_is_known_by_its_bytes(tmp_path: Path) -> None:

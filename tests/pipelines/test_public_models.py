@@ -29,7 +29,7 @@ def identity(md5: str) -> FileIdentity:
     return FileIdentity(path=Path("/w/mine.pth"), bytes=1, md5=md5, sha256="0" * 64)
 
 
-def test_every_public_size_has_all_four_networks() -> None:
+def test_every_public_size_has_all_five_networks() -> None:
     assert {m.variant for m in PUBLIC_MODELS if m.role == "network"} == SIZES.keys() - {"tiny"}
     for size in SIZES.keys() - {"tiny"}:
         assert [public(role, size).role for role in ROLES] == list(ROLES)
@@ -61,11 +61,13 @@ def test_a_published_file_is_recognised_and_an_unknown_one_needs_trust() -> None
         assert part in str(error.value)
 
 
-def test_a_network_without_an_md5_on_record_says_so() -> None:
-    with pytest.raises(
-        InputError, match=r"no md5 of bigvgan_v2_44khz_128band_512x is on record.*--trust-unknown-checksum"
-    ):
-        check_identity(public("vocoder", "small_44k"), identity("f" * 32), PUBLIC_MODELS, trust_unknown=False)
+def test_a_network_without_an_md5_on_record_needs_no_trust_and_is_not_called_published() -> None:
+    for role, size in (("vocoder", "small_44k"), ("clip", "small_16k")):
+        assert not check_identity(public(role, size), identity("f" * 32), PUBLIC_MODELS, trust_unknown=False)
+    known = public("network", "small_44k").md5
+    assert known is not None
+    with pytest.raises(InputError, match=r"--clip /w/mine.pth is the network of small_44k"):
+        check_identity(public("clip"), identity(known), PUBLIC_MODELS, trust_unknown=False)
 
 
 @pytest.mark.parametrize("trust", [True, False])
