@@ -3,6 +3,10 @@
 BigVGAN (arXiv 2206.04658) puts this activation before every convolution. Its two filters are buffers in the public
 checkpoints and are therefore buffers here, although each of them is the same twelve numbers.
 
+On a CPU the two filters are half of a vocoder's time when they are depthwise convolutions: these use a fraction of its
+arithmetic, and tensors of a whole stage leave its caches. There a few channels at a time pass through all three steps,
+and a filter is a matrix product over short blocks; elsewhere the convolutions stay.
+
 Legend: B clips, C channels, T samples of a stage.
 """
 
@@ -10,6 +14,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 TAPS = 12
@@ -20,6 +25,13 @@ CUTOFF = 0.25
 
 TRANSITION = 0.3
 """Half the width of the transition band, as a part of the sampling rate."""
+
+BLOCK = 16
+"""Samples of the original rate that one row of the CPU's matrix products makes or reads. Longer rows multiply more
+zeros, shorter ones copy more of the overlap."""
+
+CACHED_SAMPLES = 2**17
+"""Samples that pass through an activation at once on a CPU: half a megabyte of float32 and its double fit the cache."""
 
 
 def kaiser_sinc_filter() -> Tensor:
@@ -46,12 +58,25 @@ class SnakeBeta(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(num_channels))
         self.beta = nn.Parameter(torch.zeros(num_channels))
 
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Frequency e^alpha and height 1 / (e^beta + 1e-9), [C, 1] each."""
+        return self.alpha.exp()[:, None], 1 / (self.beta.exp() + 1e-9)[:, None]
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, C, T]."""
-        frequency = self.alpha.exp()[:, None]
-        height = 1 / (self.beta.exp() + 1e-9)[:, None]
-        # In place, since these are the largest tensors of the network; autograd keeps copies of its own.
-        return torch.addcmul(x, (x * frequency).sin_().square_(), height)
+        return snake(x, *self.scales())
+
+
+def snake(x: Tensor, frequency: Tensor, height: Tensor) -> Tensor:
+    """x + height · sin²(frequency · x) for x [B, C, T] and one of each a channel, [C, 1]."""
+    # In place, since these are the largest tensors of the network; autograd keeps copies of its own.
+    return torch.addcmul(x, (x * frequency).sin_().square_(), height)
+
+
+def _blockwise(padded: Tensor, matrix: Tensor, step: int) -> Tensor:
+    """Windows [B, C, window] of `padded` every `step` samples times `matrix` [window, made], one after another."""
+    windows = padded.unfold(-1, matrix.shape[0], step)
+    return rearrange(windows @ matrix, "b c n made -> b c (n made)")
 
 
 class LowPass(nn.Module):
@@ -63,10 +88,22 @@ class LowPass(nn.Module):
         super().__init__()
         self.register_buffer("filter", kaiser_sinc_filter()[None, None])
 
+    def matrix(self) -> Tensor:
+        """The filter on 2 BLOCK samples and 10 around them, of which it makes BLOCK: [2 BLOCK + 10, BLOCK]."""
+        units = torch.eye(2 * BLOCK + TAPS - 2, dtype=self.filter.dtype, device=self.filter.device)[:, None]
+        return F.conv1d(units, self.filter, stride=2)[:, 0]
+
+    def in_blocks(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """As `forward`, by matrix products with `matrix()`."""
+        length = x.shape[-1]
+        # The first sample is repeated 5 times and the last 6; what else is added to the end fills a block.
+        padded = F.pad(x, (TAPS // 2 - 1, TAPS // 2 - 1 + -length % (2 * BLOCK)), mode="replicate")
+        return _blockwise(padded, matrix, 2 * BLOCK)[..., : length // 2]
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, 2 T] -> [B, C, T], edge samples repeated."""
         # One depthwise convolution over all channels. The channels as a batch of single ones give the same and
-        # take four times as long on a CPU.
+        # take longer.
         num_channels = x.shape[1]
         padded = F.pad(x, (TAPS // 2 - 1, TAPS // 2), mode="replicate")
         return F.conv1d(padded, self.filter.repeat(num_channels, 1, 1), stride=2, groups=num_channels)
@@ -93,6 +130,17 @@ class Upsample(nn.Module):
         super().__init__()
         self.register_buffer("filter", kaiser_sinc_filter()[None, None])
 
+    def matrix(self) -> Tensor:
+        """The filter on BLOCK samples and 3 on either side, of which it makes 2 BLOCK: [BLOCK + 6, 2 BLOCK]."""
+        units = torch.eye(BLOCK + TAPS // 2, dtype=self.filter.dtype, device=self.filter.device)[:, None]
+        return F.conv_transpose1d(units, 2 * self.filter, stride=2, padding=TAPS - 1)[:, 0]
+
+    def in_blocks(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """As `forward`, by matrix products with `matrix()`."""
+        length = x.shape[-1]
+        padded = F.pad(x, (TAPS // 4, TAPS // 4 + -length % BLOCK), mode="replicate")
+        return _blockwise(padded, matrix, BLOCK)[..., : 2 * length]
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, C, 2 T], edge samples repeated."""
         num_channels = x.shape[1]
@@ -114,4 +162,17 @@ class AntiAliasedSnakeBeta(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, C, T]."""
-        return self.downsample(self.act(self.upsample(x)))
+        if x.device.type != "cpu":
+            return self.downsample(self.act(self.upsample(x)))
+        return self._few_channels_at_once(x)
+
+    def _few_channels_at_once(self, x: Tensor) -> Tensor:
+        lowpass = self.downsample.lowpass
+        up, down = self.upsample.matrix(), lowpass.matrix()
+        at_once = max(1, CACHED_SAMPLES // (x.shape[0] * x.shape[2]))
+        parts = zip(x.split(at_once, dim=1), *(scale.split(at_once) for scale in self.act.scales()), strict=True)
+        activated = [
+            lowpass.in_blocks(snake(self.upsample.in_blocks(part, up), frequency, height), down)
+            for part, frequency, height in parts
+        ]
+        return torch.cat(activated, dim=1)

@@ -3,6 +3,10 @@
 The default test has narrow networks inside and the true widths between them; the slow one the true networks.
 """
 
+import os
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -32,7 +36,7 @@ from pipelines.data.store import Dataset
 from pipelines.data.tables import column_to_numpy
 from pipelines.errors import InputError
 from tests.demo_factory import write_untrained_reward
-from tests.pipelines.public_factory import use_narrow_sizes, write_narrow
+from tests.pipelines.public_factory import use_narrow_sizes, write_full_size, write_narrow
 
 SPEC = SPECS["16k"]
 JOBS = {
@@ -46,6 +50,18 @@ JOBS = {
     "evaluate": evaluate,
     "generate": generate,
 }
+ROOT = Path(__file__).resolve().parents[2]
+RUN_AND_MEASURE = """
+import importlib, sys
+from pathlib import Path
+from jobs import cli
+name = sys.argv.pop(1)
+module = importlib.import_module("jobs." + name)
+module.main(cli.parse(name, module.Options, sys.argv[1:]))
+status = Path("/proc/self/status").read_text()
+print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+"""
+"""A job, and then the peak memory of its process alone (a child's resource usage counts its parent's too)."""
 ONE_STEP = ("--steps", "1", "--batch-size", "1", "--num-workers", "0", "--warmup-steps", "0", "--zero-stage", "0")
 SHORT = ("--num-steps", "2", "--num-candidates", "2")
 
@@ -71,21 +87,34 @@ def sound_of(path: Path) -> tuple[np.ndarray, int]:
         return np.concatenate(frames, axis=1)[0], container.streams.audio[0].rate
 
 
-class Line:
-    """Runs the jobs of one size into one folder and tells how long each took."""
+def job_apart(name: str, *words: str) -> int:
+    """The job in a process of its own; prints its time and its peak memory."""
+    started = time.perf_counter()
+    command = [sys.executable, "-c", RUN_AND_MEASURE, name, *words]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    peak_gib = int(done.stdout.splitlines()[-1]) / 2**30
+    sys.__stdout__.write(f"\n  {words[0]} {name}: {time.perf_counter() - started:.0f} s, peak {peak_gib:.1f} GiB")
+    return 0
 
-    def __init__(self, folder: Path, size: str, files: dict[str, str], say: Callable[[str], None]) -> None:
-        self.folder, self.size, self._say = folder, size, say
+
+class Line:
+    """Runs the jobs of one size into one folder."""
+
+    def __init__(
+        self, folder: Path, size: str, files: dict[str, str], run_job: Callable[..., int], clip: Path | None = None
+    ) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder, self.size, self._run_job = folder, size, run_job
         self.m0 = str(folder / "m0")
         self.features, self.reward = str(folder / "features"), str(write_untrained_reward(folder / "reward"))
-        self.clip = str(write_clip(folder / "clip.mp4"))
+        self.clip = str(folder / "clip.mp4")
+        write_clip(Path(self.clip)) if clip is None else shutil.copy(clip, self.clip)
         flags = [word for role, path in files.items() for word in (f"--{role}", path)]
         self.run("import_mmaudio", *flags, "--out", self.m0, "--trust-unknown-checksum")
 
     def run(self, name: str, *words: str) -> None:
-        started = time.perf_counter()
-        assert job(name, self.size, *words) == 0
-        self._say(f"{name} {time.perf_counter() - started:.1f} s")
+        assert self._run_job(name, self.size, *words) == 0
 
     def preprocess(self) -> None:
         manifest = self.folder / "clips.csv"
@@ -143,7 +172,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Line:
     folder = tmp_path_factory.mktemp("narrow")
     with pytest.MonkeyPatch.context() as patch:
         use_narrow_sizes(patch)
-        line = Line(folder, "small_16k", write_narrow(folder / "published"), lambda text: None)
+        line = Line(folder, "small_16k", write_narrow(folder / "published"), job)
         line.preprocess()
     return line
 
@@ -182,3 +211,34 @@ def test_features_of_another_vae_are_never_decoded_by_this_one(
     with pytest.raises(InputError, match="clip are needed: give --weights"):
         job("preprocess", "small_16k", *words)
     assert not (tmp_path / "pairs").exists()
+
+
+@pytest.mark.slow
+def test_at_true_size_a_clip_becomes_features_pairs_a_step_scores_and_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights of the published shapes; MULTISOUNDGEN_CLIP names a video of 8 s to use instead of ours."""
+    given = os.environ.get("MULTISOUNDGEN_CLIP")
+    clip = None if given is None else Path(given)
+    shared = write_full_size(tmp_path / "published", "small_16k")
+    with capsys.disabled():
+        line = Line(tmp_path / "small", "small_16k", shared, job_apart, clip)
+        line.preprocess()
+        policy = line.round()
+        line.evaluate(policy)
+        wave, rate_hz = sound_of(line.generate(policy, line.clip, "--prompt", "a bell", "--offload"))
+        assert rate_hz == 16_000
+        assert np.isfinite(wave).all()
+        assert np.abs(wave).max() > 1e-4
+        if given is None:
+            check_features(line)
+            assert abs(len(wave) - 8 * rate_hz) <= 1024
+        for role in ("network", "vae", "vocoder"):
+            Path(shared[role]).unlink()
+        own = write_full_size(tmp_path / "published", "small_44k", ("network", "vae", "vocoder"))
+        shutil.rmtree(line.m0)
+        line = Line(tmp_path / "wide", "small_44k", {**shared, **own}, job_apart, clip)
+        line.preprocess()
+        wave, rate_hz = sound_of(line.generate(line.m0, line.clip, "--offload"))
+        assert rate_hz == 44_100
+        assert np.isfinite(wave).all()

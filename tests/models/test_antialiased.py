@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import signal
 
-from models.antialiased import TAPS, AntiAliasedSnakeBeta, Downsample, SnakeBeta, Upsample, kaiser_sinc_filter
+from models.antialiased import TAPS, AntiAliasedSnakeBeta, Downsample, LowPass, SnakeBeta, Upsample, kaiser_sinc_filter
 from tests.models.mmdit_golden import fill_by_rule, seeded
 
 EDGE = 6
@@ -104,3 +104,29 @@ def test_channels_do_not_see_each_other() -> None:
     difference = (activation(changed) - activation(x)).abs().amax(dim=(0, 2))
     assert difference[0] == difference[2] == 0
     assert difference[1] > 0.1
+
+
+@pytest.mark.parametrize("num_samples", [1, 5, 16, 40, 67])
+def test_matrix_products_over_blocks_are_the_convolutions(num_samples: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, doubled = (torch.randn(2, 3, length, generator=generator) for length in (num_samples, 2 * num_samples))
+    up, lowpass = Upsample(), LowPass()
+    torch.testing.assert_close(up.in_blocks(x, up.matrix()), up(x), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(lowpass.in_blocks(doubled, lowpass.matrix()), lowpass(doubled), atol=1e-6, rtol=1e-5)
+
+
+def test_a_few_channels_at_once_give_the_values_and_gradients_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    monkeypatch.setattr("models.antialiased.CACHED_SAMPLES", 2 * 2 * 23)  # 2 channels of 2 clips; 5 are 3 parts
+    activation = AntiAliasedSnakeBeta(5)
+    with torch.no_grad():
+        activation.act.alpha.copy_(torch.randn(5, generator=generator))
+        activation.act.beta.copy_(torch.randn(5, generator=generator))
+    x = torch.randn(2, 5, 23, generator=generator, requires_grad=True)
+    inputs = [x, activation.act.alpha, activation.act.beta]
+    weights = torch.randn(2, 5, 23, generator=generator)
+    ours, whole = activation(x), activation.downsample(activation.act(activation.upsample(x)))
+    torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-5)
+    gradients = torch.autograd.grad((ours * weights).sum(), inputs)
+    expected = torch.autograd.grad((whole * weights).sum(), inputs)
+    torch.testing.assert_close(gradients, expected, atol=1e-4, rtol=1e-4)

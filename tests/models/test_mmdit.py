@@ -1,5 +1,7 @@
+import copy
 import gzip
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.flow_matching import euler_sample, flow_matching_loss, interpolate
+from models.layers import Modulation
 from models.mmdit import SIZES, SPEC_OF_SIZE, MMDiT, MMDiTConfig
 from models.rope import rotary_table
 from models.spec import SPECS
@@ -288,21 +291,113 @@ def test_nulls_get_a_zero_gradient_when_nothing_is_dropped() -> None:
     assert missing == []
 
 
-def test_fitted_statistics_standardise_hand_made_conditions_and_tame_their_spikes() -> None:
-    tiny = MMDiT(SIZES["tiny"])
-    fill_by_rule(tiny)
-    latent, clip_f, sync_f, text_f, t = _inputs(SIZES["tiny"], 2)
-    plain = tiny(latent, clip_f, sync_f, text_f, t)
-    statistics = tiny.condition_statistics
-    assert statistics is not None
-    clip, sync = statistics(clip_f, sync_f * 50)
-    assert torch.equal(clip, clip_f)
-    torch.testing.assert_close(sync.sinh(), sync_f * 50)
-    assert sync.abs().max() < 7
-    statistics.clip_mean.fill_(3.0)
-    statistics.sync_std.fill_(0.5)
-    shifted = tiny(latent, clip_f + 3.0, sync_f * 0.5, text_f, t)
-    assert relative_error(shifted, plain) < 1e-4
+@torch.no_grad()
+def test_consecutive_samples_share_a_condition_and_get_what_each_would_get_with_its_own(
+    network: MMDiT, golden: dict[str, Tensor]
+) -> None:
+    conditions = network.preprocess_conditions(*_features(golden))
+    latents, t = seeded("six", (6, 50, 20)), golden["in.t"]
+    seen: list[torch.Size] = []
+    modulations = [module for module in network.modules() if isinstance(module, Modulation)]
+    hooks = [m.register_forward_hook(lambda _m, inputs, _out: seen.append(inputs[0].shape)) for m in modulations]
+    shared = network.predict(latents, t, conditions)
+    for hook in hooks:
+        hook.remove()
+    assert {shape[0] for shape in seen} == {2}, "a modulation was computed for every sample"
+    repeated = [feature.repeat_interleave(3, dim=0) for feature in _features(golden)]
+    assert relative_error(shared, network(latents, *repeated, t.repeat_interleave(3))) < FORWARD_TOLERANCE
+    with pytest.raises(AssertionError, match="5 latents cannot share 2 conditions"):
+        network.predict(latents[:5], t, conditions)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_empty", [1, 2])
+def test_both_fields_of_guidance_are_one_forward_that_embeds_the_latents_once(
+    num_empty: int, network: MMDiT, golden: dict[str, Tensor]
+) -> None:
+    conditions = network.preprocess_conditions(*_features(golden))
+    empty = network.preprocess_conditions(*network.empty_features(num_empty))
+    latents, t = seeded("four", (4, 50, 20)), golden["in.t"]
+    batches: dict[str, list[int]] = {"audio_input_proj": [], "fused_blocks.0": []}
+    hooks = [
+        network.get_submodule(name).register_forward_hook(
+            lambda _m, inputs, _out, name=name: batches[name].append(len(inputs[0]))
+        )
+        for name in batches
+    ]
+    flow = network.guided_velocity(latents, t, conditions, empty, 4.5)
+    for hook in hooks:
+        hook.remove()
+    assert batches == {"audio_input_proj": [4], "fused_blocks.0": [8]}
+    apart = [network.predict(latents, t, field) for field in (conditions, empty.expand(2))]
+    assert relative_error(flow, 4.5 * apart[0] - 3.5 * apart[1]) < 1e-4
+
+
+def _step(network: MMDiT) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of two samples and every gradient."""
+    latent, *features, t = _inputs(TINY_V1, 2)
+    network.zero_grad()
+    losses = network(latent, *features, t).square().mean(dim=(1, 2))
+    losses.mean().backward()
+    return losses.tolist(), {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def test_checkpointed_blocks_run_twice_in_training_alone_and_change_no_bit() -> None:
+    network = golden_network().train()
+    calls: list[int] = []
+    network.fused_blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    losses, gradients = _step(network)
+    assert len(calls) == 1
+    network.checkpoint_activations = True
+    again, recomputed = _step(network)
+    assert len(calls) == 3
+    assert again == losses
+    assert recomputed.keys() == gradients.keys()
+    assert all(torch.equal(recomputed[name], gradient) for name, gradient in gradients.items())
+    _step(network.eval())
+    with torch.no_grad():
+        network.train()(*_inputs(TINY_V1, 2))
+    assert len(calls) == 5
+
+
+def test_blocks_that_cannot_be_compiled_say_so_once_and_run_as_they_are() -> None:
+    def no_compiler(*_: object) -> object:
+        raise OSError("no C++ compiler\nand a long explanation")
+
+    network = golden_network()
+    expected, inputs = _step(network), _inputs(TINY_V1, 2)
+    network.compile_blocks(backend=no_compiler)
+    with pytest.warns(
+        RuntimeWarning, match=r"^blocks run uncompiled, torch.compile failed: .*no C\+\+ compiler$"
+    ) as seen:
+        losses, gradients = _step(network)
+    assert len(seen) == 1
+    assert losses == expected[0]
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected[1].items())
+    with warnings.catch_warnings(action="error"):
+        network(*inputs)
+    with pytest.raises(AssertionError, match="cannot share"):  # a fault of the caller stays one
+        network.predict(inputs[0][:1], inputs[4], network.preprocess_conditions(inputs[1], inputs[2], inputs[3]))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_give_the_same_losses_gradients_and_names(backend: str, checkpointed: bool) -> None:
+    network = golden_network().train()
+    losses, gradients = _step(network)
+    names = list(network.state_dict())
+    network.checkpoint_activations = checkpointed
+    network.compile_blocks(backend=backend)
+    with warnings.catch_warnings(action="error", category=RuntimeWarning):
+        compiled_losses, compiled = _step(network)
+    assert compiled_losses == pytest.approx(losses, rel=1e-5)
+    assert max(relative_error(compiled[name], gradient) for name, gradient in gradients.items()) < 1e-3
+    assert list(network.state_dict()) == names
+    twin = copy.deepcopy(network)
+    with torch.no_grad():
+        twin.get_parameter("fused_blocks.0.attn.qkv.weight").mul_(2)
+    assert _step(twin)[0] != pytest.approx(losses, rel=1e-5)  # a copy runs on weights of its own
+    assert _step(network)[0] == compiled_losses
 
 
 @torch.no_grad()

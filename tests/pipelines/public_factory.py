@@ -1,5 +1,6 @@
 """Files as their publishers give them, of tiny networks: the published names, extra keys and weight norm."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def vocoder_state(config: VocoderConfig) -> dict[str, Tensor]:
         if name.endswith(".weight"):
             published[f"{name}_v"] = tensor
             # A loud last convolution would saturate: sound that is clipped throughout is refused by every reward.
-            scale = 0.02 if name == "conv_post.weight" else 1.0
+            scale = 1.3 / config.initial_channels if name == "conv_post.weight" else 1.0
             gains = scale * torch.linspace(0.5, 1.5, len(tensor))
             published[f"{name}_g"] = gains.reshape(-1, *[1] * (tensor.ndim - 1))
         else:
@@ -139,15 +140,20 @@ def write_published(
     vocoder: VocoderConfig = VOCODERS["16k"],
     synchformer: SynchformerConfig = SYNCH,
     clip: CLIPConfig = CLIP,
+    roles: Sequence[str] = tuple(FILE_NAMES),
 ) -> dict[str, str]:
-    """The five files of one size; returns their paths by role. The defaults are those of `use_tiny_sizes`."""
+    """The files of one size; returns their paths by role. The defaults are those of `use_tiny_sizes`."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {role: str(folder / name) for role, name in FILE_NAMES.items()}
-    torch.save(network_state(network), files["network"])
-    torch.save(vae_state(vae), files["vae"])
-    torch.save({"generator": vocoder_state(vocoder)}, files["vocoder"])
-    torch.save(synchformer_state(synchformer), files["synchformer"])
-    torch.save(clip_state(clip), files["clip"])
+    contents = {
+        "network": lambda: network_state(network),
+        "vae": lambda: vae_state(vae),
+        "vocoder": lambda: {"generator": vocoder_state(vocoder)},
+        "synchformer": lambda: synchformer_state(synchformer),
+        "clip": lambda: clip_state(clip),
+    }
+    files = {role: str(folder / FILE_NAMES[role]) for role in roles}
+    for role, path in files.items():
+        torch.save(contents[role](), path)
     return files
 
 
@@ -156,10 +162,10 @@ def write_narrow(folder: Path) -> dict[str, str]:
     return write_published(folder, NARROW_NETWORK, NARROW_VAE, VOCODERS["16k"], NARROW_SYNCH, NARROW_CLIP)
 
 
-def write_full_size(folder: Path, size: str = "small_16k") -> dict[str, str]:
-    """The same at the true shapes of a named size: 6 GB and more."""
+def write_full_size(folder: Path, size: str, roles: Sequence[str] = tuple(FILE_NAMES)) -> dict[str, str]:
+    """The same at the true shapes of a named size: 6 GB, of which CLIP is 4."""
     spec = SPEC_OF_SIZE[size]
-    return write_published(folder, SIZES[size], VAE_SIZES[spec], VOCODER_SIZES[spec], SYNCHFORMER, CLIP_VIT_H_14)
+    return write_published(folder, SIZES[size], VAE_SIZES[spec], VOCODER_SIZES[spec], SYNCHFORMER, CLIP_VIT_H_14, roles)
 
 
 def _filled(module: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,8 @@
 """Any length from fixed windows: nothing lost, nothing twice, no step at a joint."""
 
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,7 +36,9 @@ def test_the_result_has_exactly_the_length_and_keeps_what_lies_outside_the_joint
 ) -> None:
     signal = np.random.default_rng(0).normal(size=total + window).astype(np.float32)
     starts = window_starts(total, window, overlap=fade + 1)
-    joined = np.concatenate(list(cross_faded([signal[s : s + window] for s in starts], starts, total, fade)))
+    blocks = list(cross_faded([signal[s : s + window] for s in starts], starts, total, fade))
+    assert all(len(block) for block in blocks)
+    joined = np.concatenate(blocks)
     assert joined.shape == (total,)
     same = np.isclose(joined, signal[:total])
     # Equal windows are only louder inside the joints: at most `fade` samples each.
@@ -61,6 +66,28 @@ def test_a_joint_goes_from_the_one_sound_to_the_other_without_a_step() -> None:
     assert joined[0] == 1.0
     assert joined[-1] == -1.0
     assert np.abs(np.diff(joined)).max() < 0.1
+
+
+def test_a_window_is_asked_for_when_it_is_needed_and_let_go_after_its_joint() -> None:
+    alive: list[weakref.ref[np.ndarray]] = []
+
+    def waves() -> Iterator[np.ndarray]:
+        for _ in range(50):
+            wave = np.zeros(100, np.float32)
+            alive.append(weakref.ref(wave))
+            yield wave
+            del wave
+
+    starts = window_starts(50 * 80 + 20, 100, 20)
+    assert len(starts) == 50
+    done, held = 0, []
+    for block in cross_faded(waves(), starts, 50 * 80 + 20, 10):
+        done += len(block)
+        # What is handed out ends within the window before the last one that was made, or in the joint of both.
+        assert done <= starts[len(alive) - 1] + 100
+        held.append(sum(ref() is not None for ref in alive))
+    assert max(held) == 2
+    assert len(alive) == 50
 
 
 def test_an_overlap_as_long_as_the_window_is_refused() -> None:

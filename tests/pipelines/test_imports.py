@@ -262,7 +262,8 @@ def test_at_true_size_the_policy_is_the_published_one_and_memory_stays_near_the_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.set_num_threads(1)
-    files = write_full_size(tmp_path / "published")
+    roles = ("network", "vae", "vocoder", "synchformer")
+    files = write_full_size(tmp_path / "published", "small_16k", roles)
     largest_bytes = max(Path(path).stat().st_size for path in files.values())
     out = tmp_path / "m0"
     flags = [word for role, path in files.items() for word in (f"--{role}", path)]

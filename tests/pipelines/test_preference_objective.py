@@ -7,23 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.policy import Policy
+from models.lora import adapters, merged_state_dict
+from models.mmdit import MMDiT
 from models.preference import PreferenceLossConfig
 from models.weights import load_weights
 from pipelines.tracking import SilentTracker
 from pipelines.training.batches import RowGroups
 from pipelines.training.journal import read_journal
 from pipelines.training.objective import Batch, Draws
-from pipelines.training.options import TrainingOptions
+from pipelines.training.options import Execution, LoRA, TrainingOptions
 from pipelines.training.preference_objective import PreferenceObjective, PreferenceTrainee, WinnerTrainee
 from pipelines.training.stages import Launching, train_rpo
 from tests.feature_factory import write_features, write_pairs
+from tests.pipelines.adapter_factory import trained_start
 from tests.world_factory import write_policy
 
 CPU = torch.device("cpu")
 LOSS = PreferenceLossConfig(kappa=5.0, divide_by_kappa=True)
+LORA = LoRA(rank=4, alpha=4.0)
 
 
 def alone(tensor: Tensor) -> Tensor:
@@ -33,18 +36,7 @@ def alone(tensor: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("preference")
-    features = write_features(root / "features", {"train": 40})
-    policy = write_policy(root / "policy", features)
-    # A fresh network is zero everywhere; without this no gradient would reach most of it.
-    loaded = Policy.load(policy)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in loaded.network.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    start = root / "start"
-    start.mkdir()
-    loaded.save(start)
+    trained_start(root, write_features(root / "features", {"train": 40}))
     write_pairs(root / "pairs", num_kept=20, num_dropped=4)
     return root
 
@@ -74,6 +66,7 @@ def test_the_reference_gets_no_gradient_and_stays_bit_identical(folder: Path) ->
     objective = _objective(folder)
     trainee = objective.build(CPU)
     assert isinstance(trainee, PreferenceTrainee)
+    assert trainee.reference is not None
     before = {name: value.clone() for name, value in trainee.reference.network.state_dict().items()}
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=1e-3)
     for _ in range(2):
@@ -153,6 +146,71 @@ def test_the_probe_measures_both_gradient_parts_and_leaves_no_gradient(folder: P
     assert float(total) == pytest.approx(math.sqrt(dpo**2 + anchor**2 + 2 * dpo * anchor * cosine), rel=1e-3)
     assert dpo > 0
     assert anchor > 0
+
+
+def _move_adapters(trainee: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for adapter in adapters(trainee).values():
+            adapter.up.weight.copy_(0.2 * torch.randn(adapter.up.weight.shape, generator=generator))
+
+
+def test_with_adapters_the_reference_is_the_same_network_without_them(folder: Path) -> None:
+    objective = _objective(folder, lora=LORA)
+    trainee, batch = objective.build(CPU), _batch(objective)
+    assert isinstance(trainee, PreferenceTrainee)
+    assert trainee.reference is None
+    _, metrics = trainee(batch, alone)
+    assert float(metrics["loss_dpo"]) == pytest.approx(math.log(2) / LOSS.kappa, rel=1e-6)
+    assert float(metrics["winner_displacement"]) == 0
+    _move_adapters(trainee)
+    # The loss of a merged policy against a loaded copy of its start is the same, term by term.
+    full = _objective(folder).build(CPU)
+    assert isinstance(full, PreferenceTrainee)
+    full.network.load_state_dict(merged_state_dict(trainee.network))
+    wanted, got = full(batch, alone)[1], trainee(batch, alone)[1]
+    assert wanted.keys() == got.keys()
+    assert abs(float(wanted["implicit_margin"])) > 1e-3
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "winner_fm"])
+def test_with_adapters_only_they_are_trained_and_all_of_them(folder: Path, kind: str) -> None:
+    objective = _objective(folder, lora=LORA, kind=kind)
+    trainee = objective.build(CPU)
+    _move_adapters(trainee)
+    trainee(_batch(objective), alone)[0].backward()
+    with_gradient = {name for name, p in trainee.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert with_gradient == {name for name, _ in trainee.named_parameters() if ".adapter." in name}
+
+
+def test_the_reference_is_recomputed_and_compiled_like_the_policy_and_adapters_need_no_second_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[MMDiT] = []
+    monkeypatch.setattr(MMDiT, "compile_blocks", lambda network: compiled.append(network))
+    execution = Execution(activation_checkpointing=True, compile=True)
+    for lora, copies in ((None, 2), (LORA, 1)):
+        compiled.clear()
+        trainee = _objective(folder, lora=lora, execution=execution).build(CPU)
+        assert isinstance(trainee, PreferenceTrainee)
+        assert trainee.network.checkpoint_activations
+        assert len(compiled) == copies
+
+
+def test_activation_checkpointing_under_preferences_changes_no_bit_of_loss_or_gradient(folder: Path) -> None:
+    losses, gradients = [], []
+    for recompute in (False, True):
+        objective = _objective(folder, lora=LORA, execution=Execution(activation_checkpointing=recompute))
+        trainee = objective.build(CPU).train()
+        _move_adapters(trainee)
+        loss, _ = trainee(_batch(objective), alone)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append([p.grad for p in trainee.parameters() if p.grad is not None])
+    assert losses[0] == losses[1]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def test_an_alarm_of_collapse_is_reported_or_stops(folder: Path) -> None:

@@ -19,7 +19,7 @@ from pipelines.errors import InputError, StageConflict
 from pipelines.evaluation.real_pairs import real_pairs
 from pipelines.tracking import SilentTracker
 from pipelines.training.journal import read_journal
-from pipelines.training.options import TrainingOptions
+from pipelines.training.options import Execution, LoRA, TrainingOptions
 from pipelines.training.sf_cavp_objective import decode_pictures
 from pipelines.training.stages import Launching, train_mmdit, train_rpo, train_sf_cavp
 from tests.feature_factory import write_features, write_pairs
@@ -139,6 +139,66 @@ def test_wrong_inputs_are_one_clear_line(world: str, policy: str, tmp_path: Path
     pairs = write_pairs(tmp_path / "pairs", num_kept=4, num_dropped=0)
     with pytest.raises(InputError, match="expected a checkpoint"):
         mmdit(init=str(pairs))
+    assert not (tmp_path / "x").exists()
+
+
+def test_adapters_of_a_stage_are_part_of_its_fingerprint_and_how_the_network_is_run_is_not(
+    world: str, policy: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+
+    def tune(lora: LoRA | None, execution: Execution) -> str:
+        launching = replace(LAUNCHING, execution=execution)
+        return train_mmdit(
+            features=world, out=out, size="tiny", options=FEW, launching=launching, init=policy, lora=lora
+        )
+
+    assert tune(LoRA(rank=2, alpha=2.0), Execution()) == "run"
+    folder, manifest = open_files(out, "checkpoint")
+    assert (manifest["config"]["lora_rank"], manifest["config"]["lora_alpha"]) == (2, 2.0)
+    start, tuned = (load_weights(place / "network.safetensors") for place in (Path(policy), folder.local_path()))
+    assert start.keys() == tuned.keys()
+    assert torch.equal(start["empty_clip_feat"], tuned["empty_clip_feat"])
+    assert not torch.equal(start["final_layer.conv.weight"], tuned["final_layer.conv.weight"])
+    assert tune(LoRA(rank=2, alpha=2.0), Execution(activation_checkpointing=True, compile=True)) == "skip"
+    with pytest.raises(StageConflict, match="lora_rank: 2 there, 3 asked"):
+        tune(LoRA(rank=3, alpha=2.0), Execution())
+    with pytest.raises(StageConflict, match="lora_rank: 2 there, null asked"):
+        tune(None, Execution())
+
+
+def test_the_next_training_takes_a_policy_made_by_adapters_like_any_other(
+    world: str, policy: str, tmp_path: Path
+) -> None:
+    pairs = write_pairs(tmp_path / "pairs", 8, 0)
+    places = [policy]
+    for name in ("first", "second"):
+        train_rpo(
+            policy=places[-1],
+            pairs=str(pairs),
+            out=str(tmp_path / name),
+            options=FEW,
+            loss=PreferenceLossConfig(kappa=5.0, divide_by_kappa=True),
+            launching=LAUNCHING,
+            lora=LoRA(rank=2, alpha=2.0),
+        )
+        places.append(str(tmp_path / name))
+        assert read_journal(tmp_path / name / "metrics.jsonl")[0]["implicit_accuracy"] == 0.5
+    weights = [load_weights(Path(place) / "network.safetensors")["final_layer.conv.weight"] for place in places]
+    assert not torch.equal(weights[1], weights[0])
+    assert not torch.equal(weights[2], weights[1])
+
+
+def test_adapters_from_nothing_are_one_clear_line(world: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--lora-rank 4 trains adapters beside a trained policy: give it with --init"):
+        train_mmdit(
+            features=world,
+            out=str(tmp_path / "x"),
+            size="tiny",
+            options=FEW,
+            launching=LAUNCHING,
+            lora=LoRA(rank=4, alpha=4.0),
+        )
     assert not (tmp_path / "x").exists()
 
 
