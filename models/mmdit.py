@@ -10,16 +10,15 @@ Lc, Ls, Lt clip, sync and text tokens; C latent channels as the network sees the
 (normalised); D hidden width; t flow time in [0, 1], 0 is noise and 1 is data.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from models.block_runs import compile_each, run_block
 from models.blocks import FinalLayer, JointBlock, SingleStreamBlock
 from models.conditions import Conditions, ConditionStatistics
 from models.layers import (
@@ -284,46 +283,27 @@ class MMDiT(nn.Module):
             repeat(stream, "s l d -> (s n) l d", n=per_condition) for stream in (conditions.clip, conditions.text)
         )
         streams = (x, clip, text)
-        for block in self.joint_blocks:
-            streams = self._run(block, streams, frame_condition, global_condition, (latent_rope, clip_rope))
+        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
+        run = partial(run_block, self._blocks(), recompute=recompute)
+        num_joint = len(self.joint_blocks)
+        for i in range(num_joint):
+            streams = run(i, streams, frame_condition, global_condition, (latent_rope, clip_rope))
         x = streams[0]
-        for block in self.fused_blocks:
-            x = self._run(block, x, frame_condition, latent_rope)
+        for i in range(num_joint, config.depth):
+            x = run(i, x, frame_condition, latent_rope)
         # The global condition and not the frame-aligned one: the public weights were trained so.
         return self.final_layer(x, global_condition)
 
     def _blocks(self) -> list[nn.Module]:
         return [*self.joint_blocks, *self.fused_blocks]
 
-    def _run(self, block: nn.Module, *inputs: object) -> Any:
-        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-            # Nothing in a block is random, so there is no generator to put back.
-            return checkpoint(self._call, block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return self._call(block, *inputs)
-
-    def _call(self, block: nn.Module, *inputs: object) -> Any:
-        """Call a block; one that was to be compiled and cannot be runs as it is, and so do those after it."""
-        try:
-            return block(*inputs)
-        except Exception as error:
-            if block._compiled_call_impl is None:
-                raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            warnings.warn(f"blocks run uncompiled, torch.compile failed: {reason}", RuntimeWarning, stacklevel=2)
-            # Not those before it: their compiled results may wait for a backward.
-            blocks = self._blocks()
-            for left in blocks[blocks.index(block) :]:
-                left._compiled_call_impl = None
-            return block(*inputs)
-
     def compile_blocks(self, backend: str | Callable[..., object] = "inductor") -> None:
-        """Compile every block by `torch.compile` at its first call, for every shape anew.
+        """Compile every block by `torch.compile` at its first call (models/block_runs.py).
 
         Where that fails (no C++ compiler, no Triton), the first call says so in one RuntimeWarning and the blocks run
         as they are. Names of weights stay; copies of the network (`copy.deepcopy`) are not compiled.
         """
-        for block in self._blocks():
-            block.compile(backend=backend)
+        compile_each(self._blocks(), backend)
 
     def forward(self, latent: Tensor, clip_f: Tensor, sync_f: Tensor, text_f: Tensor, t: Tensor) -> Tensor:
         """Velocity (B, N, C) at latents (B, N, C) and times [B] from raw features."""

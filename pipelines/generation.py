@@ -7,9 +7,9 @@ candidates.
 """
 
 import math
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from pipelines.crossfade import cross_faded, window_starts
 from pipelines.data.media_stream import SOUND_SUFFIXES, mux_with_copied_video, picture_duration_s, write_sound
 from pipelines.data.source import SourceReader
 from pipelines.devices import own_device
-from pipelines.errors import InputError, MediaError
+from pipelines.errors import EnvironmentFailed, InputError, MediaError
 from pipelines.generation_line import Arrays, LineStep, Watch, run_line, run_line_offloaded
 from pipelines.generation_steps import (
     GenerationSettings,
@@ -127,7 +127,7 @@ def generate(
             starts_s = tuple(start / rate_hz for start in plan.starts)
             video = WindowsOfVideo(path=picture, name=inputs.video or "", starts_s=starts_s)
         run = _Run(networks=networks, settings=settings, video=video, num_windows=len(plan.starts), progress=progress)
-        spool = Path(stack.enter_context(_spool(target))) if offload else None
+        spool = stack.enter_context(_spool(target)) if offload else None
         blocks = cross_faded(run.waves(spool), plan.starts, plan.total, plan.fade)
         if picture is not None and target.suffix.lower() == VIDEO_SUFFIX:
             mux_with_copied_video(picture, blocks, rate_hz, target)
@@ -207,6 +207,16 @@ def _source(inputs: GenerationInputs, stack: ExitStack) -> tuple[Path | None, fl
     return media.path, picture_duration_s(media.path)
 
 
-def _spool(target: Path) -> tempfile.TemporaryDirectory[str]:
-    # Beside the result and not in /tmp, which may be memory.
-    return tempfile.TemporaryDirectory(prefix=f"{target.name}.", suffix=".spool", dir=target.parent)
+@contextmanager
+def _spool(target: Path) -> Iterator[Path]:
+    """An empty folder beside the result (/tmp may be memory); one that a killed run has left is emptied."""
+    folder = target.with_name(f"{target.name}.spool")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise EnvironmentFailed(f"cannot make {folder}: {error}; free the disk and run the command again") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -52,7 +52,7 @@ def run_line(steps: Sequence[LineStep], num_windows: int, watch: Watch) -> Itera
         for index in range(num_windows):
             arrays: Arrays = {}
             for step in loaded:
-                arrays = step(index, arrays)
+                arrays = _in_c_order(step(index, arrays))
             watch.progress(steps[-1].name, index + 1, num_windows)
             yield arrays
         watch.ended(name)
@@ -89,10 +89,15 @@ def _loaded_windows(
 ) -> Iterator[Arrays]:
     with step.load() as apply:
         for index in range(num_windows):
-            arrays = apply(index, {} if before is None else _take(spool, before, index))
+            arrays = _in_c_order(apply(index, {} if before is None else _take(spool, before, index)))
             watch.progress(step.name, index + 1, num_windows)
             yield arrays
         watch.ended(step.name)
+
+
+def _in_c_order(arrays: Arrays) -> Arrays:
+    """As the spool gives them back: the order of a sum, and so its last bits, may depend on the layout in memory."""
+    return {name: np.asarray(array, order="C") for name, array in arrays.items()}
 
 
 def _file(spool: Path, name: str, index: int) -> Path:
@@ -102,7 +107,7 @@ def _file(spool: Path, name: str, index: int) -> Path:
 def _put(spool: Path, name: str, index: int, arrays: Arrays) -> None:
     path = _file(spool, name, index)
     try:
-        save_file({key: np.asarray(array, order="C") for key, array in arrays.items()}, path)
+        save_file(arrays, path)
     except (OSError, SafetensorError) as error:
         raise EnvironmentFailed(
             f"cannot write {path}: {error}; free the disk and run the same command again"

@@ -1,7 +1,5 @@
-import copy
 import gzip
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -331,73 +329,6 @@ def test_both_fields_of_guidance_are_one_forward_that_embeds_the_latents_once(
     assert batches == {"audio_input_proj": [4], "fused_blocks.0": [8]}
     apart = [network.predict(latents, t, field) for field in (conditions, empty.expand(2))]
     assert relative_error(flow, 4.5 * apart[0] - 3.5 * apart[1]) < 1e-4
-
-
-def _step(network: MMDiT) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of two samples and every gradient."""
-    latent, *features, t = _inputs(TINY_V1, 2)
-    network.zero_grad()
-    losses = network(latent, *features, t).square().mean(dim=(1, 2))
-    losses.mean().backward()
-    return losses.tolist(), {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
-
-
-def test_checkpointed_blocks_run_twice_in_training_alone_and_change_no_bit() -> None:
-    network = golden_network().train()
-    calls: list[int] = []
-    network.fused_blocks[0].register_forward_hook(lambda *_: calls.append(1))
-    losses, gradients = _step(network)
-    assert len(calls) == 1
-    network.checkpoint_activations = True
-    again, recomputed = _step(network)
-    assert len(calls) == 3
-    assert again == losses
-    assert recomputed.keys() == gradients.keys()
-    assert all(torch.equal(recomputed[name], gradient) for name, gradient in gradients.items())
-    _step(network.eval())
-    with torch.no_grad():
-        network.train()(*_inputs(TINY_V1, 2))
-    assert len(calls) == 5
-
-
-def test_blocks_that_cannot_be_compiled_say_so_once_and_run_as_they_are() -> None:
-    def no_compiler(*_: object) -> object:
-        raise OSError("no C++ compiler\nand a long explanation")
-
-    network = golden_network()
-    expected, inputs = _step(network), _inputs(TINY_V1, 2)
-    network.compile_blocks(backend=no_compiler)
-    with pytest.warns(
-        RuntimeWarning, match=r"^blocks run uncompiled, torch.compile failed: .*no C\+\+ compiler$"
-    ) as seen:
-        losses, gradients = _step(network)
-    assert len(seen) == 1
-    assert losses == expected[0]
-    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected[1].items())
-    with warnings.catch_warnings(action="error"):
-        network(*inputs)
-    with pytest.raises(AssertionError, match="cannot share"):  # a fault of the caller stays one
-        network.predict(inputs[0][:1], inputs[4], network.preprocess_conditions(inputs[1], inputs[2], inputs[3]))
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_blocks_give_the_same_losses_gradients_and_names(backend: str, checkpointed: bool) -> None:
-    network = golden_network().train()
-    losses, gradients = _step(network)
-    names = list(network.state_dict())
-    network.checkpoint_activations = checkpointed
-    network.compile_blocks(backend=backend)
-    with warnings.catch_warnings(action="error", category=RuntimeWarning):
-        compiled_losses, compiled = _step(network)
-    assert compiled_losses == pytest.approx(losses, rel=1e-5)
-    assert max(relative_error(compiled[name], gradient) for name, gradient in gradients.items()) < 1e-3
-    assert list(network.state_dict()) == names
-    twin = copy.deepcopy(network)
-    with torch.no_grad():
-        twin.get_parameter("fused_blocks.0.attn.qkv.weight").mul_(2)
-    assert _step(twin)[0] != pytest.approx(losses, rel=1e-5)  # a copy runs on weights of its own
-    assert _step(network)[0] == compiled_losses
 
 
 @torch.no_grad()

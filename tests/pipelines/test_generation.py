@@ -13,8 +13,8 @@ from pipelines.data.demo_world import render_clip
 from pipelines.data.media_stream import picture_duration_s
 from pipelines.data.media_write import decode_flac, write_mp4
 from pipelines.data.units import HERE
-from pipelines.errors import InputError
-from pipelines.generation import FADE_S, Generated, GenerationInputs, generate, plan_windows
+from pipelines.errors import EnvironmentFailed, InputError
+from pipelines.generation import FADE_S, Generated, GenerationInputs, _spool, generate, plan_windows
 from pipelines.generation_steps import GenerationSettings
 from pipelines.preferences.candidates import Sampling
 from tests.demo_factory import write_demo_video, write_untrained_policy, write_untrained_reward
@@ -244,3 +244,16 @@ def test_the_frames_and_conditions_are_those_that_preprocess_stores(tmp_path: Pa
     for name in ("clip_features", "sync_features", "text_features"):
         stored = np.asarray(row[name], np.float16).reshape(vars(window.conditions)[name].shape)
         assert np.array_equal(vars(window.conditions)[name], stored)
+
+
+def test_what_a_killed_run_left_in_its_spool_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    left = tmp_path / "out.mp4.spool" / "latents-000000.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"of another prompt")
+    with _spool(tmp_path / "out.mp4") as folder:
+        assert folder == left.parent
+        assert not list(folder.iterdir())
+    assert not left.parent.exists()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(EnvironmentFailed, match="cannot make"), _spool(tmp_path / "file" / "out.mp4"):
+        pass
