@@ -28,6 +28,8 @@ GUIDANCE = 4.5
 NUM_STEPS = 25
 SEGMENTS = 24
 """Of 16 frames, in 8 s of video; one is measured."""
+CLIP_FRAMES = 64
+"""In 8 s of video; one is measured."""
 
 ORIGINAL_S = {
     "forward float32": 0.73,
@@ -111,28 +113,31 @@ def generator_cases() -> Iterator[Case]:
     ]
     t = torch.tensor([0.3])
 
-    def case(dtype: torch.dtype, candidates: int | None) -> Case:
+    def cases(dtype: torch.dtype, candidates: int) -> Iterator[Case]:
         name = str(dtype).removeprefix("torch.")
-        latents = torch.randn(candidates or 1, config.latent_len, config.latent_dim)
+        latents = torch.randn(candidates, config.latent_len, config.latent_dim)
 
         def forward() -> Tensor:
-            network.to(dtype)
             return network(latents, *features, t)
+
+        def velocity() -> Tensor:
+            return network.predict(latents, t, conditions)
 
         def guided_step() -> Tensor:
             return network.guided_velocity(latents, t, conditions, empty, GUIDANCE)
 
-        if candidates is None:
-            return Case(f"forward {name}", forward, dtype)
         network.to(dtype)
         conditions = network.preprocess_conditions(*features)
         empty = network.preprocess_conditions(*network.empty_features(1))
-        return Case(f"candidate, N = {candidates}, {name}", guided_step, dtype, NUM_STEPS / candidates)
+        if candidates == 1:
+            yield Case(f"forward {name}", forward, dtype)
+            yield Case(f"forward, conditions projected before, {name}", velocity, dtype)
+        yield Case(f"candidate, N = {candidates}, {name}", guided_step, dtype, NUM_STEPS / candidates)
 
-    # One network in turn in both dtypes, hence cases are made only when the one before is done.
+    # One network in both dtypes, hence the second's cases are made only when the first's are done.
     for dtype in (torch.float32, torch.bfloat16):
-        for candidates in (None, 1, 5):
-            yield case(dtype, candidates)
+        for candidates in (1, 5):
+            yield from cases(dtype, candidates)
 
 
 def frozen_cases() -> Iterator[Case]:
@@ -158,11 +163,13 @@ def frozen_cases() -> Iterator[Case]:
 def clip_cases() -> Iterator[Case]:
     """CLIP's image tower, one frame of 64."""
     # Its import takes seconds, and nothing else here needs open_clip.
-    from models.clip import CLIP_VIT_H_14, build_clip
+    from models.clip import CLIP_VIT_H_14, FrozenCLIP
 
-    clip = _quiet(build_clip(CLIP_VIT_H_14))
+    clip = FrozenCLIP(CLIP_VIT_H_14)
+    _quiet(clip)
     frame = torch.randn(1, 3, 384, 384)
-    yield Case("CLIP images", lambda: clip.encode_image(frame), times=64)
+    yield Case("CLIP, images", lambda: clip.image_embeddings(frame), times=CLIP_FRAMES)
+    yield Case("CLIP, caption", lambda: clip.text_states(["a dog barks twice"]))
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
@@ -193,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows: list[dict[str, object]] = []
+    profiles: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for group in options.only:
             for case in CASES[group]():
@@ -200,11 +208,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sys.stderr.write(f"{case.name}: {row['CPU s']:.3f} CPU s\n")
                 if options.profile:
                     profiled = where_time_goes(case.run)
-                    row["profile"] = {name: round(share, 4) for name, share, _ in profiled}
+                    profiles[case.name] = {name: round(share, 4) for name, share, _ in profiled}
                     lines = [f"  {share:6.1%} {calls:5} x {name}" for name, share, calls in profiled]
                     sys.stdout.write("\n".join([case.name, *lines]) + "\n")
                 rows.append(row)
-    show("CPU seconds a clip of 8 s, one thread", rows, options.json)
+    show("CPU seconds a clip of 8 s, one thread", rows, options.json, {"share of time by operation": profiles})
 
 
 if __name__ == "__main__":

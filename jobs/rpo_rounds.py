@@ -65,7 +65,7 @@ class Options(PolicyTrainingOptions):
     strict_guards: bool = False
     """End a round's training at an alarm of loser-driven collapse; otherwise it is only reported."""
     probe_every: int = 25
-    """Steps between measurements of the gradients of both loss parts; 0: never."""
+    """Steps between measurements of the gradients of both loss parts; 0: never. Not under ZeRO-3."""
     steps: int = 860
     """Optimizer steps of a round."""
     batch_size: int = 48

@@ -37,7 +37,8 @@ class Options(PolicyTrainingOptions):
     strict_guards: bool = False
     """Stop at an alarm of loser-driven collapse, with the weights of that step; otherwise it is only reported."""
     probe_every: int = 25
-    """Steps between measurements of the gradients of both loss parts (one more forward, two backward); 0: never."""
+    """Steps between measurements of the gradients of both loss parts (one more forward, two backward); 0: never.
+    Not under ZeRO-3."""
     num_workers: int = 2
     """Ray Train workers; 0 trains in this process without Ray."""
     gpus_per_worker: Literal[0, 1] | None = None

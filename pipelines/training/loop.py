@@ -134,6 +134,8 @@ class _Run:
         if found is not None:
             self._load(found)
         notes = [f"checkpoint {broken.name} passed over: {broken.reason}" for broken in skipped]
+        if self.objective.probe_every and not self._probes():
+            notes.append("gradients are not probed under ZeRO-3")
         self.progress.notes.extend(note for note in notes if note not in self.progress.notes)
         if self.world.is_main:
             self.journal = Journal(Path(self.order.out) / JOURNAL, self.progress.step)
@@ -147,8 +149,8 @@ class _Run:
             if self.progress.stopped is not None:
                 break
             started = time.perf_counter()
-            probing = self.objective.probe_every and (step + 1) % self.objective.probe_every == 0
-            metrics, outcome = self._step(step, batches, bool(probing))
+            probing = self._probes() and (step + 1) % self.objective.probe_every == 0
+            metrics, outcome = self._step(step, batches, probing)
             self._count(step, outcome)
             metrics |= {
                 "learning_rate": self.learning_rate(step),
@@ -326,6 +328,10 @@ class _Run:
             return self.engine.whole_weights()
         average = self.average
         return self.engine.replaced_weights(lambda parameters: average.copy_to(parameters))
+
+    def _probes(self) -> bool:
+        """Not under ZeRO-3: only one backward, the engine's own, fetches the weights that are dealt out there."""
+        return self.objective.probe_every > 0 and self.options.zero_stage < 3
 
     def _averages(self) -> bool:
         return self.options.ema_decay is not None or self.options.ema_width is not None

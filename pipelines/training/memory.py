@@ -10,7 +10,7 @@ are float32 already, and buckets. Sums of peaks that need not coincide: compared
 and fragmentation (see `FREE_SHARE`), and what compiled blocks do.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -57,15 +57,17 @@ class MemoryPlan:
     reference: int
     """The frozen start of a preference round; adapters need none."""
     activations: int
-    """Saved for backward, with the batch; under checkpointing the largest moment of forward or backward."""
+    """At their highest, with the batch."""
     buffers: int
     """Buckets in which gradients are reduced."""
+    together: int
+    """Activations and gradients at their highest together: in the last micro batch of a step these come as those go."""
 
     @property
     def total(self) -> int:
         """The most at one time: in a step, or in a validation, which swaps the average in and keeps the own weights."""
         standing = self.weights + self.master + self.optimizer + self.average + self.reference
-        return standing + max(self.activations + self.gradients + self.buffers, self.average)
+        return standing + max(self.together + self.buffers, self.average)
 
     def fits(self, gpu_bytes: int) -> bool:
         """Whether a GPU of so much memory holds it with `FREE_SHARE` to spare."""
@@ -83,6 +85,7 @@ def predict_memory(
     activation_checkpointing: bool,
     reference: bool,
     lora_rank: int | None,
+    accumulation: int = 1,
 ) -> MemoryPlan:
     """Predict what one worker needs to train a policy of a named size under one ZeRO stage.
 
@@ -97,6 +100,7 @@ def predict_memory(
         reference: preference training (DPO-FM): winner and loser in one batch, a frozen second network unless adapters
             are trained, and now and then the gradients of both loss parts side by side.
         lora_rank: adapters of this rank are trained and nothing else; None: every weight.
+        accumulation: micro batches a step; from the second on all gradients are there beside all activations.
 
     Raises:
         InputError: no such size or stage, or a count below 1.
@@ -112,6 +116,7 @@ def predict_memory(
         activation_checkpointing=activation_checkpointing,
         reference=reference,
         lora_rank=lora_rank,
+        accumulation=accumulation,
     )
     return plans[zero_stage]
 
@@ -126,34 +131,51 @@ def predict_stages(
     activation_checkpointing: bool,
     reference: bool,
     lora_rank: int | None,
+    accumulation: int = 1,
 ) -> dict[int, MemoryPlan]:
     """Predict as `predict_memory` for every ZeRO stage, with one count of the activations (about a second)."""
     if size not in SIZES:
         raise InputError(f"--size {size}: known sizes are {', '.join(SIZES)}")
-    if min(batch_per_worker, world_size, 1 if lora_rank is None else lora_rank) < 1:
+    if min(batch_per_worker, world_size, accumulation, 1 if lora_rank is None else lora_rank) < 1:
         raise InputError(
-            f"batch per worker, workers and adapter rank must be at least 1, "
-            f"got {batch_per_worker}, {world_size} and {lora_rank}"
+            f"batch per worker, workers, accumulation and adapter rank must be at least 1, got {batch_per_worker}, "
+            f"{world_size}, {accumulation} and {lora_rank}"
         )
     trainee = _trainee_without_memory(size, reference, lora_rank)
-    activations = count_activations(trainee, size, batch_per_worker, bf16=bf16, checkpointing=activation_checkpointing)
-    every = sum(parameter.numel() for parameter in trainee.parameters())
-    trained = sum(parameter.numel() for parameter in trainee.parameters() if parameter.requires_grad)
-    return {
-        stage: MemoryPlan(
-            weights=FLOAT32 * (every if stage < 3 else -(-every // world_size) + min(every, LIVE_PARAMETERS)),
-            master=FLOAT32 * _share(trained, world_size) if stage > 0 else 0,
-            # The probe of a preference training asks autograd itself, so those two gradients are whole on every worker.
-            gradients=FLOAT32
-            * max(trained if stage == 0 else _share(trained, world_size), 2 * trained if reference else 0),
-            optimizer=ADAMW * (trained if stage == 0 else _share(trained, world_size)),
+    moments = count_activations(trainee, size, batch_per_worker, bf16=bf16, checkpointing=activation_checkpointing)
+    every, trained = sum(parameter.numel() for parameter in trainee.parameters()), _trained(trainee)
+    plans = {}
+    for stage in ZERO_STAGES:
+        share = 1 if stage == 0 else world_size
+        gradients, together = _step_bytes(moments, trained, share, probing=reference, accumulating=accumulation > 1)
+        plans[stage] = MemoryPlan(
+            weights=FLOAT32 * (every if stage < 3 else -(-every // share) + min(every, LIVE_PARAMETERS)),
+            master=0 if stage == 0 else -(-FLOAT32 * trained // share),
+            gradients=gradients,
+            optimizer=-(-ADAMW * trained // share),
             average=FLOAT32 * trained if ema else 0,
             reference=FLOAT32 * every if reference and lora_rank is None else 0,
-            activations=activations,
-            buffers=_bucket_bytes(trained, stage, world_size, bf16),
+            activations=max(moment.held for moment in moments),
+            buffers=_bucket_bytes(trained, stage, bf16),
+            together=together,
         )
-        for stage in ZERO_STAGES
-    }
+    return plans
+
+
+def _step_bytes(
+    moments: Sequence["Moment"], trained: int, share: int, *, probing: bool, accumulating: bool
+) -> tuple[int, int]:
+    """Bytes of gradients, and of gradients and activations together, at their highest."""
+    gradients = -(-FLOAT32 * trained // share)
+    held = max(moment.held for moment in moments)
+    together = max(moment.held + FLOAT32 * moment.graded // share for moment in moments)
+    if accumulating:
+        together = held + gradients
+    if probing:
+        # The gradients of both loss parts, which autograd is asked for directly: whole on every worker.
+        probed = FLOAT32 * trained + max(moment.held + FLOAT32 * moment.graded for moment in moments)
+        gradients, together = max(gradients, 2 * FLOAT32 * trained), max(together, probed)
+    return gradients, together
 
 
 def lowest_fitting_stage(plans: Mapping[int, MemoryPlan], gpu_bytes: int) -> int | None:
@@ -163,7 +185,7 @@ def lowest_fitting_stage(plans: Mapping[int, MemoryPlan], gpu_bytes: int) -> int
 
 def memory_table(plans: Mapping[int, MemoryPlan], gpu_bytes: int | None = None) -> list[str]:
     """Lines for people: GiB on one worker by ZeRO stage; with the memory of a GPU, which stages fit it."""
-    names = [entry.name for entry in fields(MemoryPlan)]
+    names = [entry.name for entry in fields(MemoryPlan) if entry.name != "together"]
     header = ["GiB a worker", *names, "most at once", *(["fits"] if gpu_bytes else [])]
     rows = [
         [
@@ -186,8 +208,18 @@ def memory_table(plans: Mapping[int, MemoryPlan], gpu_bytes: int | None = None) 
     return lines
 
 
-def count_activations(trainee: Trainee, size: str, batch: int, *, bf16: bool, checkpointing: bool) -> int:
-    """Count the bytes that autograd holds at once for the backward of one micro batch, the batch itself included.
+@dataclass(frozen=True)
+class Moment:
+    """One moment of a micro batch: between forward and backward, or while one part of the network goes backward."""
+
+    held: int
+    """Bytes that autograd holds, the batch included."""
+    graded: int
+    """Parameters whose gradient exists by then."""
+
+
+def count_activations(trainee: Trainee, size: str, batch: int, *, bf16: bool, checkpointing: bool) -> list[Moment]:
+    """Count what autograd holds for the backward of one micro batch, from the end of forward to the end of backward.
 
     Args:
         trainee: the loss and its network on the meta device.
@@ -197,47 +229,77 @@ def count_activations(trainee: Trainee, size: str, batch: int, *, bf16: bool, ch
         checkpointing: of every block only its inputs are held, and of one block at a time what is inside. At the end of
             forward autocast still holds its copies of all the blocks' weights.
     """
+    network = trainee.get_submodule("network")
+    assert isinstance(network, MMDiT)
+    network.checkpoint_activations = False
+    blocks = [*network.joint_blocks, *network.fused_blocks]
     # Real inputs are allowed for the one thing that is not a parameter: the whitening of tiny's latents.
     with FakeTensorMode(allow_non_fake_inputs=True):
         tensors = {name: _fake_like(tensor) for name, tensor in trainee.named_parameters()}
         tensors |= {name: _fake_like(tensor) for name, tensor in trainee.named_buffers()}
         inputs = _fake_batch(size, batch)
         held = _Held(tensors.values(), inputs.values())
-        network = trainee.get_submodule("network")
-        assert isinstance(network, MMDiT)
-        network.checkpoint_activations = False
-        blocks = [*network.joint_blocks, *network.fused_blocks]
         with (
             held.watching(blocks),
             saved_tensors_hooks(held.save, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         ):
             torch.func.functional_call(trainee.train(), tensors, (inputs, lambda tensor: tensor))
+    trained = [_trained(block) for block in blocks]
+    every = _trained(trainee)
+    graded = [sum(trained[place:]) for place in range(len(blocks))]
+    before, after, inside = held.before.bytes, held.after.bytes, [part.bytes for part in held.inside]
     if not checkpointing:
-        return _bytes_of(held.outside, held.entering, *held.inside)
-    standing = _bytes_of(held.outside, held.entering)
-    largest = max(_bytes_of(held.outside, held.entering, inside) - standing for inside in held.inside)
-    casts = BFLOAT16 * sum(
-        p.numel() for block in blocks for p in block.parameters() if bf16 and p.requires_grad and p.ndim > 1
-    )
-    return standing + max(largest, casts)
+        standing = [before + sum(inside[: place + 1]) for place in range(len(blocks))]
+        whole = standing[-1] + after
+    else:
+        inputs_held = [before + sum(part.bytes for part in held.entering[: place + 1]) for place in range(len(blocks))]
+        standing = [kept + here for kept, here in zip(inputs_held, inside, strict=True)]
+        whole = inputs_held[-1] + after + (BFLOAT16 * sum(trained) if bf16 else 0)
+    if isinstance(trainee, PreferenceTrainee):
+        # The reference runs while the policy's activations are held, and has one block's own at a time.
+        whole += max(inside)
+    return [Moment(whole, 0), *map(Moment, standing, graded), Moment(before, every)]
+
+
+class _Part:
+    """Storages that one part of a forward was the first to save."""
+
+    def __init__(self) -> None:
+        # The storages are kept, so that no other takes their key.
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
 
 
 class _Held:
-    """What autograd saves, by storage: outside the blocks, entering them, and inside each of them."""
+    """What autograd saves in one forward, by storage and by part: before the blocks, in each of them, after them.
+
+    Backward goes the other way, so a storage goes with the first part that saved it.
+    """
 
     def __init__(self, resident: Iterable[Tensor], inputs: Iterable[Tensor]) -> None:
+        self.before, self.after = _Part(), _Part()
+        self.inside: list[_Part] = []
+        self.entering: list[_Part] = []
+        """What each block is given and nothing before it saved: all that checkpointing leaves of it."""
         self._resident = {_key(tensor) for tensor in resident}
-        self.outside: dict[int, torch.UntypedStorage] = {_key(t): t.untyped_storage() for t in inputs}
-        self.entering: dict[int, torch.UntypedStorage] = {}
-        self.inside: list[dict[int, torch.UntypedStorage]] = []
-        self._current = self.outside
+        self._saved, self._entered = set(self._resident), set(self._resident)
+        self._current = self.before
+        for tensor in inputs:
+            self.save(tensor)
 
     def save(self, tensor: Tensor) -> Tensor:
-        """Note a tensor that is saved for backward; its storage is kept, so that no other takes its key."""
-        if _key(tensor) not in self._resident:
-            self._current[_key(tensor)] = tensor.untyped_storage()
+        """Note a tensor that is saved for backward."""
+        self._note(tensor, self._current, self._saved)
         return tensor
+
+    def _note(self, tensor: Tensor, part: _Part, known: set[int]) -> None:
+        if _key(tensor) not in known:
+            known.add(_key(tensor))
+            part.storages[_key(tensor)] = tensor.untyped_storage()
 
     @contextmanager
     def watching(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
@@ -253,12 +315,22 @@ class _Held:
                 hook.remove()
 
     def _enter(self, block: nn.Module, inputs: tuple[object, ...]) -> None:
-        self.entering |= {_key(tensor): tensor.untyped_storage() for tensor in _tensors(inputs)}
-        self.inside.append({})
+        if not torch.is_grad_enabled():
+            return  # The same network once more, as its own reference.
+        if not self.inside:
+            self._entered |= self._saved
+        self.entering.append(_Part())
+        self.inside.append(_Part())
+        for tensor in _tensors(inputs):
+            self._note(tensor, self.entering[-1], self._entered)
         self._current = self.inside[-1]
 
     def _leave(self, block: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        self._current = self.outside
+        self._current = self.after
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -273,16 +345,7 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _bytes_of(*groups: dict[int, torch.UntypedStorage]) -> int:
-    distinct = {key: storage for group in groups for key, storage in group.items()}
-    return sum(storage.nbytes() for storage in distinct.values())
-
-
-def _share(count: int, world_size: int) -> int:
-    return -(-count // world_size)
-
-
-def _bucket_bytes(trained: int, stage: int, world_size: int, bf16: bool) -> int:
+def _bucket_bytes(trained: int, stage: int, bf16: bool) -> int:
     """DeepSpeed's buffers at their highest, in buckets of the engine's size, as measured.
 
     Stages 1 and 2 fill one bucket while another is reduced; stage 3 holds about four. What autocast made bfloat16 is
@@ -304,7 +367,11 @@ def _trainee_without_memory(size: str, reference: bool, lora_rank: int | None) -
     transform = ChannelTransform(network) if stored == model else Whitening(stored, model)
     policy = Policy(network, transform, size)
     # Without a copy of its own as reference: that one saves nothing for backward, and its weights are arithmetic.
-    return PreferenceTrainee(policy, None, PreferenceLossConfig(kappa=1.0), None) if reference else FlowMatchingTrainee(policy)
+    return (
+        PreferenceTrainee(policy, None, PreferenceLossConfig(kappa=1.0), None)
+        if reference
+        else FlowMatchingTrainee(policy)
+    )
 
 
 def _fake_like(tensor: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from models.mmdit import SIZES, SPEC_OF_SIZE
-from models.policy import CONFIG_FILE, KIND
+from models.policy import CONFIG_FILE, KIND, POLICY_FILES
 from models.preference import PreferenceLossConfig
 from models.sf_cavp import SF_CAVP_SIZES
 from models.spec import SPECS
 from models.weights import load_config
 from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, PAIRS
+from pipelines.data.sample_bytes import sample_bytes, sample_bytes_line
 from pipelines.data.store import Dataset, files_manifest, open_files
 from pipelines.errors import InputError
 from pipelines.frozen import FrozenNetworks, open_codec
@@ -148,6 +149,9 @@ def train_mmdit(
         inputs["init"] = manifest["fingerprint"]
 
     def body(context: StageContext) -> None:
+        read = sample_bytes(dataset, FlowMatchingObjective.columns, train_split)
+        launching.say(f"{context.name}: {sample_bytes_line(read, dataset.spec.name)}")
+        context.tracker.metrics(0, {"sample_kb": sum(read.values()) / 1e3})
         start = Path(init) if init is not None else context.folder.local_path(START)
         if init is None:
             _make_once(start, lambda folder: fit_starting_policy(size, options.seed, features, train_split, folder))
@@ -312,7 +316,7 @@ def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 def _open_policy(location: str) -> tuple[Path, dict[str, Any]]:
-    folder, manifest = open_files(location, CHECKPOINT_KIND)
+    folder, manifest = open_files(location, CHECKPOINT_KIND, only=POLICY_FILES)
     return folder.local_path(), manifest
 
 

@@ -16,6 +16,8 @@ from models.weights import load_weights
 from pipelines.tracking import SilentTracker
 from pipelines.training.batches import RowGroups
 from pipelines.training.journal import read_journal
+from pipelines.training.launch import fit
+from pipelines.training.loop import TrainingOrder
 from pipelines.training.objective import Batch, Draws
 from pipelines.training.options import Execution, LoRA, TrainingOptions
 from pipelines.training.preference_objective import PreferenceObjective, PreferenceTrainee, WinnerTrainee
@@ -211,6 +213,28 @@ def test_activation_checkpointing_under_preferences_changes_no_bit_of_loss_or_gr
         gradients.append([p.grad for p in trainee.parameters() if p.grad is not None])
     assert losses[0] == losses[1]
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_under_zero_3_preferences_are_the_same_and_only_the_probe_is_left_out(
+    folder: Path, tmp_path: Path, lora: LoRA | None
+) -> None:
+    objective = _objective(folder, lora=lora, probe_steps=2, execution=Execution(activation_checkpointing=True))
+    records, notes = {}, {}
+    for stage in (0, 3):
+        out = tmp_path / str(stage)
+        out.mkdir()
+        options = TrainingOptions(steps=3, batch_size=4, lr=1e-3, zero_stage=stage)
+        order = TrainingOrder(objective, options, str(out))
+        notes[stage] = fit(order, num_workers=0, report=lambda step, metrics: None).notes
+        records[stage] = read_journal(out / "metrics.jsonl")
+    assert (notes[0], notes[3]) == ([], ["gradients are not probed under ZeRO-3"])
+    assert ["grad_cosine" in record for record in records[0]] == [False, True, False]
+    assert not any("grad_cosine" in record for record in records[3])
+    for name in ("loss", "implicit_margin", "grad_norm"):
+        wanted, got = ([float(record[name] or 0) for record in records[stage]] for stage in (0, 3))
+        assert got == pytest.approx(wanted, rel=1e-3, abs=1e-6), name
 
 
 def test_an_alarm_of_collapse_is_reported_or_stops(folder: Path) -> None:
