@@ -45,10 +45,16 @@ class Options(PolicyTrainingOptions):
     """AdamW's decoupled weight decay."""
     ema_width: float | None = 0.05
     """Relative width of a power-function average of the weights, exported in their place; None: off."""
+    dry_run: bool = False
+    """Print the memory that a worker would need under each ZeRO stage, and touch nothing."""
+    gpu_gib: float | None = None
+    """With --dry-run: memory of a GPU in GiB, to say what fits it."""
 
 
 def main(options: Options, group: "WorkerGroup | None" = None) -> int:
-    """Run the stage, in `group` if there is one."""
+    """Run the stage, in `group` if there is one; or print what it needs."""
+    if options.dry_run:
+        return _print_needs(options)
     from pipelines.training.stages import Launching, train_mmdit
 
     train_mmdit(
@@ -68,6 +74,16 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         train_split=options.split,
         val_split=options.val_split,
     )
+    return 0
+
+
+def _print_needs(options: Options) -> int:
+    from pipelines.training.dry_run import memory_lines
+
+    lines = memory_lines(
+        options.size, options, num_workers=options.num_workers, reference=False, gpu_gib=options.gpu_gib
+    )
+    print(*lines, sep="\n")
     return 0
 
 

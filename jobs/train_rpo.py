@@ -53,10 +53,16 @@ class Options(PolicyTrainingOptions):
     """Steps over which the learning rate rises linearly."""
     weight_decay: float = 1e-2
     """AdamW's decoupled weight decay."""
+    dry_run: bool = False
+    """Print the memory that a worker would need under each ZeRO stage, and touch nothing."""
+    gpu_gib: float | None = None
+    """With --dry-run: memory of a GPU in GiB, to say what fits it."""
 
 
 def main(options: Options, group: "WorkerGroup | None" = None) -> int:
-    """Run the stage, in `group` if there is one."""
+    """Run the stage, in `group` if there is one; or print what it needs."""
+    if options.dry_run:
+        return _print_needs(options)
     from models.preference import PreferenceLossConfig
     from pipelines.training.stages import Launching, train_rpo
 
@@ -85,6 +91,20 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         strict_guards=options.strict_guards,
         probe_every=options.probe_every,
     )
+    return 0
+
+
+def _print_needs(options: Options) -> int:
+    from pipelines.training.dry_run import memory_lines, policy_size
+
+    lines = memory_lines(
+        policy_size(options.policy),
+        options,
+        num_workers=options.num_workers,
+        reference=options.objective == "dpo",
+        gpu_gib=options.gpu_gib,
+    )
+    print(*lines, sep="\n")
     return 0
 
 

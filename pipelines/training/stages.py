@@ -20,7 +20,7 @@ from models.spec import SPECS
 from models.weights import load_config
 from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, PAIRS
-from pipelines.data.sample_bytes import sample_bytes, sample_bytes_line
+from pipelines.data.sample_bytes import sample_bytes
 from pipelines.data.store import Dataset, files_manifest, open_files
 from pipelines.errors import InputError
 from pipelines.frozen import FrozenNetworks, open_codec
@@ -144,14 +144,14 @@ def train_mmdit(
     inputs = {"features": dataset.fingerprint}
     if init is not None:
         start, manifest = _open_policy(init)
-        if _size_of(start) != size:
-            raise InputError(f"--init {init} is a {_size_of(start)} and --size says {size}")
+        if size_of(start) != size:
+            raise InputError(f"--init {init} is a {size_of(start)} and --size says {size}")
         inputs["init"] = manifest["fingerprint"]
 
     def body(context: StageContext) -> None:
         read = sample_bytes(dataset, FlowMatchingObjective.columns, train_split)
-        launching.say(f"{context.name}: {sample_bytes_line(read, dataset.spec.name)}")
-        context.tracker.metrics(0, {"sample_kb": sum(read.values()) / 1e3})
+        launching.say(f"{context.name}: {read.line}")
+        context.tracker.metrics(0, {"sample_kb": read.total / 1e3})
         start = Path(init) if init is not None else context.folder.local_path(START)
         if init is None:
             _make_once(start, lambda folder: fit_starting_policy(size, options.seed, features, train_split, folder))
@@ -194,7 +194,7 @@ def train_rpo(
         InputError: an input is missing, or policy and pairs do not fit.
     """
     folder, manifest = _open_policy(policy)
-    size = _size_of(folder)
+    size = size_of(folder)
     dataset = Dataset.open(pairs, PAIRS)
     _check_spec(dataset, SPEC_OF_SIZE[size], pairs)
     inputs = {"policy": manifest["fingerprint"], "pairs": dataset.fingerprint}
@@ -320,7 +320,8 @@ def _open_policy(location: str) -> tuple[Path, dict[str, Any]]:
     return folder.local_path(), manifest
 
 
-def _size_of(folder: Path) -> str:
+def size_of(folder: Path) -> str:
+    """The named size of the policy in a folder; raises InputError where it holds none."""
     try:
         size = str(load_config(folder / CONFIG_FILE, KIND)["size"])
     except (ValueError, KeyError) as error:

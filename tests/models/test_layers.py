@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,6 +100,32 @@ def test_v2_frequencies_are_rounded_power_then_reciprocal_then_factor() -> None:
     reciprocal = torch.ones(448) / power
     assert torch.equal(frequencies, reciprocal * 10_000)
     assert not torch.equal(frequencies, torch.full((448,), 10_000.0) / power)
+
+
+@torch.no_grad()
+def test_v2_time_features_are_those_of_the_rounding_order_and_of_no_other() -> None:
+    embedding = TimeEmbedding(896, frequency_dim=896, max_period=1)
+    seen: list[torch.Tensor] = []
+    embedding.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double()))
+    t = torch.linspace(0.02, 1.0, 50)
+    embedding(t)
+
+    exponents = torch.arange(0, 896, 2, dtype=torch.float32) / 896
+    power = torch.tensor(10_000.0) ** exponents
+    right = t[:, None] * ((1.0 / power) * 10_000)
+    others = {
+        "one division": t[:, None] * (torch.tensor(10_000.0) / power),
+        "one power": t[:, None] * torch.tensor(10_000.0) ** (1 - exponents),
+        "an exponential": t[:, None] * torch.exp(math.log(10_000) * (1 - exponents)),
+        "float64": t.double()[:, None] * 10_000.0 ** (1 - torch.arange(0, 896, 2, dtype=torch.float64) / 896),
+        "the time first": (t[:, None] / power) * 10_000,
+    }
+    features = [
+        torch.cat([angles.double().cos(), angles.double().sin()], dim=1) for angles in (right, *others.values())
+    ]
+    assert (seen[0] - features[0]).abs().max() < 1e-6
+    for name, wrong in zip(others, features[1:], strict=True):
+        assert (seen[0] - wrong).abs().max() > 2e-4, name
 
 
 def test_a_bf16_time_embedding_keeps_float32_angles() -> None:

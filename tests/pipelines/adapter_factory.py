@@ -5,19 +5,20 @@ from pathlib import Path
 import torch
 
 from models.policy import Policy
-from tests.world_factory import write_policy
+from pipelines.training.flow_matching_objective import fit_starting_policy
 
 
 def trained_start(root: Path, features: Path) -> None:
-    """Leave the untrained artifact in `root/policy` and the policy with noise on every weight in `root/start`.
+    """Leave in `root/start` a policy fitted on `features` with noise on every weight.
 
     A fresh network is zero everywhere; without the noise no gradient would reach most of it.
     """
-    policy = Policy.load(write_policy(root / "policy", features))
+    start = root / "start"
+    fit_starting_policy("tiny", 0, str(features), "train", start)
+    policy = Policy.load(start)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in policy.network.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    (root / "start").mkdir()
-    policy.save(root / "start")
+    policy.save(start)

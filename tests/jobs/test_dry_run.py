@@ -1,0 +1,48 @@
+"""--dry-run tells what a training needs and touches nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs import cli, train_mmdit, train_rpo
+from pipelines.errors import InputError
+from tests.demo_factory import write_untrained_policy
+
+SMALL = ("--batch-size", "8", "--num-workers", "2", "--dry-run")
+
+
+def table(text: str) -> dict[str, dict[str, float]]:
+    lines = [line.split("  ") for line in text.splitlines()]
+    header, *rows = [[cell.strip() for cell in line if cell.strip()] for line in lines if len(line) > 3]
+    return {row[0]: dict(zip(header[1:], map(float, row[1 : len(header)]), strict=False)) for row in rows}
+
+
+def test_every_stage_stands_in_a_table_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("small_16k", "--features", str(tmp_path / "no"), "--out", str(tmp_path / "out"), *SMALL)
+    assert train_mmdit.main(cli.parse("train_mmdit", train_mmdit.Options, words)) == 0
+    said = capsys.readouterr().out
+    assert "small_16k: 2 workers, 4 samples at once on each; nothing was started" in said
+    found = table(said)
+    assert list(found) == ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+    # 157 M parameters of 4 bytes, and two moments of as much each, dealt out to two workers from stage 1 on.
+    assert found["ZeRO-0"]["weights"] == pytest.approx(157.2e6 * 4 / 2**30, abs=0.01)
+    assert found["ZeRO-0"]["optimizer"] == pytest.approx(157.2e6 * 8 / 2**30, abs=0.01)
+    assert found["ZeRO-1"]["optimizer"] == pytest.approx(found["ZeRO-0"]["optimizer"] / 2, abs=0.01)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_preference_training_takes_its_size_from_the_policy_and_holds_a_reference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = str(write_untrained_policy(tmp_path / "policy"))
+    words = ("tiny", "--policy", policy, "--pairs", str(tmp_path / "no"), "--out", str(tmp_path / "out"), *SMALL)
+    assert train_rpo.main(cli.parse("train_rpo", train_rpo.Options, (*words, "--gpu-gib", "0.001"))) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("tiny: 2 workers, 4 samples")
+    assert "no stage fits" in said
+    options = cli.parse("train_rpo", train_rpo.Options, (*words, "--batch-size", "9"))
+    with pytest.raises(InputError, match="--batch-size 9 is no multiple of 2 workers"):
+        train_rpo.main(options)
+    assert not (tmp_path / "out").exists()
