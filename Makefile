@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BENCHMARKS := preprocess train_step
+BENCHMARKS := preprocess train_step networks
 
 .PHONY: help setup lock fmt lint check test test-slow demo bench docs clean
 

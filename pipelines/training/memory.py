@@ -37,9 +37,11 @@ GIBIBYTE = 2**30
 FREE_SHARE = 0.1
 """Share of a GPU that a plan leaves free: context, workspaces of the libraries, fragmentation."""
 FLOAT32, BFLOAT16, ADAMW = 4, 2, 8
-"""Bytes a parameter of a value, of a cast copy, and of AdamW's two moments."""
+"""Bytes a parameter: of a value, of a cast copy, of AdamW's two moments."""
 LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default of parameters that ZeRO-3 keeps gathered."""
+FLAT_ELEMENTS = 500_000_000
+"""DeepSpeed's limit of a flat buffer at stage 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +61,15 @@ class MemoryPlan:
     activations: int
     """At their highest, with the batch."""
     buffers: int
-    """Buckets in which gradients are reduced."""
-    together: int
-    """Activations and gradients at their highest together: in the last micro batch of a step these come as those go."""
+    """In which gradients are reduced."""
+    step: int
+    """Activations, gradients and buffers at their highest together: these come as those go."""
 
     @property
     def total(self) -> int:
         """The most at one time: in a step, or in a validation, which swaps the average in and keeps the own weights."""
         standing = self.weights + self.master + self.optimizer + self.average + self.reference
-        return standing + max(self.together + self.buffers, self.average)
+        return standing + max(self.step, self.average)
 
     def fits(self, gpu_bytes: int) -> bool:
         """Whether a GPU of so much memory holds it with `FREE_SHARE` to spare."""
@@ -147,22 +149,26 @@ def predict_stages(
     plans = {}
     for stage in ZERO_STAGES:
         share = 1 if stage == 0 else world_size
-        gradients, together = _step_bytes(moments, trained, share, probing=reference, accumulating=accumulation > 1)
+        # One worker gathers nothing: its share is the whole.
+        gathered = min(every, LIVE_PARAMETERS) if share > 1 else 0
+        gradients, together = _gradient_bytes(moments, trained, share, probing=reference, accumulating=accumulation > 1)
+        buffers = _buffer_bytes(trained, stage, bf16)
         plans[stage] = MemoryPlan(
-            weights=FLOAT32 * (every if stage < 3 else -(-every // share) + min(every, LIVE_PARAMETERS)),
+            weights=FLOAT32 * (every if stage < 3 else -(-every // share) + gathered),
             master=0 if stage == 0 else -(-FLOAT32 * trained // share),
             gradients=gradients,
             optimizer=-(-ADAMW * trained // share),
             average=FLOAT32 * trained if ema else 0,
             reference=FLOAT32 * every if reference and lora_rank is None else 0,
             activations=max(moment.held for moment in moments),
-            buffers=_bucket_bytes(trained, stage, bf16),
-            together=together,
+            buffers=buffers,
+            # Stage 0 reduces after backward, when no activation is left.
+            step=together + buffers if stage else max(together, FLOAT32 * trained + buffers),
         )
     return plans
 
 
-def _step_bytes(
+def _gradient_bytes(
     moments: Sequence["Moment"], trained: int, share: int, *, probing: bool, accumulating: bool
 ) -> tuple[int, int]:
     """Bytes of gradients, and of gradients and activations together, at their highest."""
@@ -185,7 +191,7 @@ def lowest_fitting_stage(plans: Mapping[int, MemoryPlan], gpu_bytes: int) -> int
 
 def memory_table(plans: Mapping[int, MemoryPlan], gpu_bytes: int | None = None) -> list[str]:
     """Lines for people: GiB on one worker by ZeRO stage; with the memory of a GPU, which stages fit it."""
-    names = [entry.name for entry in fields(MemoryPlan) if entry.name != "together"]
+    names = [entry.name for entry in fields(MemoryPlan) if entry.name != "step"]
     header = ["GiB a worker", *names, "most at once", *(["fits"] if gpu_bytes else [])]
     rows = [
         [
@@ -345,16 +351,18 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _bucket_bytes(trained: int, stage: int, bf16: bool) -> int:
-    """DeepSpeed's buffers at their highest, in buckets of the engine's size, as measured.
+def _buffer_bytes(trained: int, stage: int, bf16: bool) -> int:
+    """What DeepSpeed needs to reduce gradients, at its highest.
 
-    Stages 1 and 2 fill one bucket while another is reduced; stage 3 holds about four. What autocast made bfloat16 is
-    reduced as such, in a bucket of its own. Stage 0 copies its gradients when no activation is left.
+    Stage 0 copies all gradients into one flat buffer. From stage 1 on it fills buckets of the engine's size, and beside
+    them lie the gradients on their way in and out; how much that is in buckets was measured, and under autocast there
+    are buckets of both dtypes.
     """
     if stage == 0:
-        return 0
-    bucket = min(trained, MAX_BUCKET_ELEMENTS)
-    return bucket * (FLOAT32 * (4 if stage == 3 else 2) + (BFLOAT16 if bf16 else 0))
+        return FLOAT32 * min(trained, FLAT_ELEMENTS)
+    bucket = FLOAT32 * min(trained, MAX_BUCKET_ELEMENTS)
+    buckets = 2.75 if stage == 3 else 2.25 if bf16 else 1.5
+    return round(buckets * bucket)
 
 
 def _trainee_without_memory(size: str, reference: bool, lora_rank: int | None) -> Trainee:

@@ -1,4 +1,4 @@
-"""The big public sizes at work: one bf16 velocity each, on weights made by a rule; names and shapes are test_mmdit's."""
+"""The big public sizes at work: one bf16 velocity each, on weights made by a rule (names and shapes: test_mmdit)."""
 
 import gc
 

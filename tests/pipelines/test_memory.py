@@ -3,7 +3,6 @@
 import gc
 import os
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -146,11 +145,11 @@ def test_forward_and_backward_need_what_was_predicted(
 
 
 @pytest.fixture
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setitem(os.environ, "LOCAL_RANK", "0")
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield World(0, 1, CPU)
+    return World(0, 1, CPU)
 
 
 def test_a_real_step_under_every_zero_stage_stays_within_a_fifth_of_the_plan(one_rank: World) -> None:
@@ -221,7 +220,7 @@ def _plan(total: int) -> MemoryPlan:
         reference=0,
         activations=0,
         buffers=0,
-        together=0,
+        step=0,
     )
 
 
@@ -240,9 +239,9 @@ def test_the_lowest_stage_that_fits_leaves_a_tenth_of_the_gpu_free() -> None:
 
 
 def test_a_validation_that_swaps_the_average_in_counts_where_it_needs_more_than_a_step() -> None:
-    calm = MemoryPlan(**{**vars(_plan(10)), "average": 50, "together": 20, "buffers": 5})
+    calm = MemoryPlan(**{**vars(_plan(10)), "average": 50, "step": 20})
     assert calm.total == 10 + 50 + 50
-    assert MemoryPlan(**{**vars(calm), "together": 70}).total == 10 + 50 + 75
+    assert MemoryPlan(**{**vars(calm), "step": 70}).total == 10 + 50 + 70
 
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
