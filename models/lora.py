@@ -6,8 +6,8 @@ on each token, so that B A has the shape of W.
 
 The low-rank path runs beside W, hooked to its module, and is no parametrization of W: then neither W + (alpha / r) B A
 nor a gradient of W's size is ever made, and under bfloat16 autocast the small update is rounded by itself and not in a
-sum with a large weight. The base keeps its parameters' names, and each adapter is a module of its own, called inside the
-forward of the map it adapts, which is all that ZeRO-3 asks for.
+sum with a large weight. The base keeps its parameters' names, and each adapter is a module of its own, called inside
+the forward of the map it adapts, which is all that ZeRO-3 asks for.
 
 Only adapters are trained. Biases, norms, the nulls and the position embedding stay the base's: they are what the base
 learned from far more data, and a policy without its adapters must be the base, since preference training uses

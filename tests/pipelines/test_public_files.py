@@ -44,9 +44,7 @@ def test_a_file_of_the_hub_is_taken_from_its_cache_and_never_fetched(
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     (snapshot / "weights" / "x.bin").write_bytes(b"x")
     assert local_file("clip", "hf://apple/DFN5B/weights/x.bin") == snapshot / "weights" / "x.bin"
-    with pytest.raises(
-        InputError, match=r"DFN5B/y.bin is not in the hub's cache.*hf download apple/DFN5B y"
-    ):
+    with pytest.raises(InputError, match=r"DFN5B/y.bin is not in the hub's cache.*hf download apple/DFN5B y"):
         local_file("clip", "hf://apple/DFN5B/y.bin")
     with pytest.raises(InputError, match="hf://OWNER/REPOSITORY/FILE"):
         local_file("clip", "hf://apple/DFN5B")
