@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -80,9 +82,15 @@ def test_any_latents_decode_to_a_finite_sound_in_range(level: float) -> None:
     assert decoded.abs().max() <= 1.0
 
 
-def test_a_spec_without_a_codec_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'44k'.*'tiny'"):
+def test_an_unknown_spec_and_networks_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no clip spec 'huge'; known are tiny, 16k, 44k"):
+        build_codec("huge")
+    with pytest.raises(ValueError, match="the codec of spec '44k' needs --weights"):
         build_codec("44k")
+    with pytest.raises(ValueError, match=r"holds no vae and no vocoder, .* with --vae FILE --vocoder FILE"):
+        build_codec("44k", weights=tmp_path)
+    with pytest.raises(ValueError, match=r"holds no vae, .* with --vae FILE$"):
+        build_codec("44k", weights=tmp_path, decoding=False)
 
 
 @pytest.mark.gpu
