@@ -4,6 +4,7 @@ import gc
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -25,6 +26,9 @@ class Allocations(TorchDispatchMode):
         self.start = self.peak = self.live
 
     def _see(self, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided:
+            # Others have no storage of their own; some test before may have left one.
+            return
         storage = tensor.untyped_storage()
         known = self._known.get(storage._cdata)
         if known is None or known() is not storage:
