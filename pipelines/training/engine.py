@@ -3,7 +3,8 @@
 What had to be settled so that ZeRO 0, 1, 2, 3 and a plain torch loop give the same losses: the optimizer is torch's
 own AdamW handed in (DeepSpeed's config names have other defaults), and at stage 0 the clipping is ours, because there
 DeepSpeed neither reports a gradient norm nor skips a step whose norm is not finite. From stage 1 on it does both.
-bf16 is autocast over float32 weights, MMAudio's recipe, so no stage needs a second copy of the weights.
+bf16 is autocast over float32 weights, MMAudio's recipe; from stage 1 on DeepSpeed keeps a float32 copy of a worker's
+share of them all the same.
 """
 
 import math
