@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor
 
 from models.encoders import VideoGrid
-from models.spec import ClipSpec
-from models.synchformer import FRAME_PX, SEGMENT_FRAMES, SEGMENT_STRIDE, Synchformer
+from models.spec import SYNC_SEGMENT_TOKENS, ClipSpec
+from models.synchformer import FRAME_PX, SEGMENT_FRAMES, SEGMENT_STRIDE, Synchformer, segment_frames
 
 if TYPE_CHECKING:
     from models.clip import FrozenCLIP
@@ -44,7 +44,7 @@ class ClipSynchformerEncoders:
         """See `ClipEncoders.encode`; raises ValueError for frames of another number or size."""
         still, moving = frames_by_grid[self.clip_grid], frames_by_grid[self.sync_grid]
         for frames, grid in ((still, self.clip_grid), (moving, self.sync_grid)):
-            _check(frames, grid, round(grid.rate_hz * self.spec.duration_s))
+            _check(frames, grid, grid.num_frames(self.spec.duration_s))
         return {
             "clip_features": _half(self._embeddings(still[: self.spec.clip_len])),
             "sync_features": _half(self._sync_features(moving)),
@@ -60,26 +60,23 @@ class ClipSynchformerEncoders:
         """uint8 [T, 384, 384, 3] -> [T, 1024]."""
         first, inverse = distinct([frame.tobytes() for frame in frames])
         chunks = torch.from_numpy(frames[first]).split(FRAMES_AT_ONCE)
-        found = [self._clip.image_embeddings(self._pixels(chunk)) for chunk in chunks]
+        found = [self._clip.image_embeddings(rearrange(self._unit(chunk), "b h w c -> b c h w")) for chunk in chunks]
         return torch.cat(found)[inverse]
 
     @torch.no_grad()
     def _sync_features(self, frames: np.ndarray) -> Tensor:
         """uint8 [T, 224, 224, 3] -> [8 S, 768]."""
         _, names = distinct([frame.tobytes() for frame in frames])
-        num_segments = self.spec.sync_len // 8
-        starts = [SEGMENT_STRIDE * index for index in range(num_segments)]
-        first, inverse = distinct([tuple(names[start : start + SEGMENT_FRAMES]) for start in starts])
-        found = []
-        for begin in range(0, len(first), SEGMENTS_AT_ONCE):
-            own = [starts[index] for index in first[begin : begin + SEGMENTS_AT_ONCE]]
-            segments = torch.from_numpy(np.stack([frames[start : start + SEGMENT_FRAMES] for start in own]))
-            found.append(self._synchformer((self._pixels(segments) - 0.5)[None] / 0.5)[0])
+        cut = torch.tensor(names).unfold(0, SEGMENT_FRAMES, SEGMENT_STRIDE)[: self.spec.sync_len // SYNC_SEGMENT_TOKENS]
+        first, inverse = distinct([tuple(segment) for segment in cut.tolist()])
+        moving = rearrange(torch.from_numpy(frames), "t h w c -> 1 t c h w")
+        chunks = segment_frames(moving)[0, first].split(SEGMENTS_AT_ONCE)
+        found = [self._synchformer((self._unit(chunk) - 0.5)[None] / 0.5)[0] for chunk in chunks]
         return rearrange(torch.cat(found)[inverse], "s f d -> (s f) d").float()
 
-    def _pixels(self, frames: Tensor) -> Tensor:
-        """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [0, 1] on the networks' device."""
-        return rearrange(frames.to(self._device), "... h w c -> ... c h w").float() / 255
+    def _unit(self, pixels: Tensor) -> Tensor:
+        """uint8 -> float32 in [0, 1] on the networks' device."""
+        return pixels.to(self._device).float() / 255
 
 
 def distinct(items: list[bytes] | list[tuple[int, ...]]) -> tuple[list[int], list[int]]:

@@ -24,6 +24,10 @@ class VideoGrid:
     """`fast` scales with the colour conversion in one go; `antialiased` is the bicubic filter of Pillow and torchvision
     on RGB, which the public encoders were trained behind."""
 
+    def num_frames(self, duration_s: float) -> int:
+        """Frames of a clip of so many seconds."""
+        return round(self.rate_hz * duration_s)
+
 
 class ClipEncoders(Protocol):
     """The frozen encoders of a preset; sees one clip a call."""

@@ -51,7 +51,7 @@ class Policy:
         """A fresh policy on the CPU with weights from `seed`; its statistics are NaN until `fit_statistics`."""
         network = _empty_network(size, "cpu")
         network.init_weights(torch.Generator().manual_seed(seed))
-        return cls(network, _empty_transform(size, network), size)
+        return cls(network, empty_transform(size, network), size)
 
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -153,7 +153,7 @@ class Policy:
             raise ValueError(f"{folder / CONFIG_FILE} names the size {size!r}; known sizes: {', '.join(SIZES)}")
         network = _empty_network(size, device)
         load_strict(network, load_weights(folder / NETWORK_FILE), str(folder / NETWORK_FILE))
-        transform = _empty_transform(size, network)
+        transform = empty_transform(size, network)
         if isinstance(transform, Whitening):
             load_strict(transform, load_weights(folder / TRANSFORM_FILE), str(folder / TRANSFORM_FILE))
             transform.to(device)
@@ -172,6 +172,7 @@ def _empty_network(size: str, device: str | torch.device) -> MMDiT:
     return network
 
 
-def _empty_transform(size: str, network: MMDiT) -> LatentTransform:
+def empty_transform(size: str, network: MMDiT) -> LatentTransform:
+    """The latent transform of a size, to be fitted or loaded; named sizes have theirs in the network."""
     stored_dim, model_dim = SPECS[SPEC_OF_SIZE[size]].latent_dim, SIZES[size].latent_dim
     return ChannelTransform(network) if stored_dim == model_dim else Whitening(stored_dim, model_dim)

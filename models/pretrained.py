@@ -5,10 +5,9 @@ A folder may hold some of them only; what is needed and missing is named.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.clip_synchformer import ClipSynchformerEncoders
 from models.spec import ClipSpec
@@ -16,9 +15,7 @@ from models.synchformer import SYNCHFORMER, Synchformer
 from models.vae import VAE_SIZES, vae_from_public
 from models.vae_codec import VAECodec
 from models.vocoder import VOCODER_SIZES, BigVGAN
-from models.weights import build_loaded, load_weights
-
-Network = TypeVar("Network", bound=nn.Module)
+from models.weights import Network, build_loaded, load_weights
 
 FILE_OF_ROLE = {
     "vae": "vae.safetensors",
@@ -73,12 +70,14 @@ def _require(folder: Path | None, roles: Sequence[str], what: str) -> Path:
         raise ValueError(f"{what} needs --weights, the folder that jobs/import_mmaudio.py made")
     missing = [role for role in roles if not (folder / FILE_OF_ROLE[role]).is_file()]
     if missing:
-        options = " ".join(f"--{role} FILE" for role in missing)
-        raise ValueError(
-            f"{folder} holds no {' and no '.join(missing)}, which {what} needs: give as --weights a folder that "
-            f"jobs/import_mmaudio.py made with {options}"
-        )
+        raise ValueError(f"{folder} holds no {' and no '.join(missing)}, which {what} needs: {how_to_get(missing)}")
     return folder
+
+
+def how_to_get(roles: Sequence[str]) -> str:
+    """What to do about networks that are missing, for a message."""
+    options = " ".join(f"--{role} FILE" for role in roles)
+    return f"give as --weights a folder that jobs/import_mmaudio.py made with {options}"
 
 
 def _read(folder: Path, role: str) -> dict[str, Tensor]:

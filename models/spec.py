@@ -38,15 +38,20 @@ class ClipSpec:
     """SF-CAVP's fast video rate."""
 
     @property
+    def samples_per_latent(self) -> int:
+        """Audio samples of one latent token."""
+        return self.mel_hop * self.mel_frames_per_latent
+
+    @property
     def latent_len(self) -> int:
         """N = ceil(T * sr / hop / frames-per-latent): latent tokens of the clip."""
         samples = round(self.duration_s * self.sample_rate_hz)
-        return math.ceil(samples / (self.mel_hop * self.mel_frames_per_latent))
+        return math.ceil(samples / self.samples_per_latent)
 
     @property
     def num_samples(self) -> int:
         """Audio samples of the clip: a whole number of latent tokens."""
-        return self.latent_len * self.mel_hop * self.mel_frames_per_latent
+        return self.latent_len * self.samples_per_latent
 
     @property
     def frames_len(self) -> int:

@@ -27,9 +27,9 @@ class VAECodec(nn.Module):
 
         Raises ValueError where S is no whole number of latent tokens.
         """
-        samples_per_token = self.spec.mel_hop * self.spec.mel_frames_per_latent
-        if wave.shape[1] % samples_per_token:
-            raise ValueError(f"{wave.shape[1]} samples are no whole number of latent tokens of {samples_per_token}")
+        own = self.spec.samples_per_latent
+        if wave.shape[1] % own:
+            raise ValueError(f"{wave.shape[1]} samples are no whole number of latent tokens of {own}")
         mean, std = self.vae.encode(self.log_mel(wave))
         return rearrange(mean, "b c n -> b n c"), rearrange(std, "b c n -> b n c")
 

@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.pretrained import FILE_OF_ROLE, codec_roles
+from models.pretrained import FILE_OF_ROLE, codec_roles, how_to_get
 from models.spec import ClipSpec
-from pipelines.data.store import Dataset, open_files, read_manifest
+from pipelines.data.store import CHECKPOINT, Dataset, open_files, read_manifest
 from pipelines.errors import InputError
-
-CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +62,7 @@ def open_frozen(location: str | None, roles: Sequence[str], *, policy: str | Non
     listed = {entry["path"]: entry["sha256"] for entry in read_manifest(chosen, kind=CHECKPOINT)["files"]}
     missing = [role for role in roles if FILE_OF_ROLE[role] not in listed]
     if missing:
-        options = " ".join(f"--{role} FILE" for role in missing)
-        raise InputError(
-            f"{chosen} holds no {' and no '.join(missing)}: give as --weights a folder that jobs/import_mmaudio.py "
-            f"made with {options}"
-        )
+        raise InputError(f"{chosen} holds no {' and no '.join(missing)}: {how_to_get(missing)}")
     names = [FILE_OF_ROLE[role] for role in roles]
     folder, _ = open_files(chosen, CHECKPOINT, only=names)
     return FrozenNetworks(

@@ -21,10 +21,10 @@ from models.pretrained import codec_roles, encoder_roles
 from models.reward import Reward
 from models.spec import SPECS, ClipSpec
 from models.weights import load_config
-from pipelines.data.store import open_files
+from pipelines.data.store import CHECKPOINT, open_files
 from pipelines.errors import InputError, MediaError
 from pipelines.file_clips import FileClips
-from pipelines.frozen import CHECKPOINT, open_frozen
+from pipelines.frozen import open_frozen
 from pipelines.generation_line import Arrays, Step
 from pipelines.preferences.candidates import Sampling, candidate_seeds, seeded_noise
 from pipelines.preferences.ranking import Ranker

@@ -19,7 +19,7 @@ from models.policy import CONFIG_FILE, KIND, NETWORK_FILE
 from models.pretrained import FILE_OF_ROLE as FROZEN_FILES
 from models.weights import save_config
 from pipelines.data.storage import open_folder
-from pipelines.data.store import files_manifest
+from pipelines.data.store import CHECKPOINT, files_manifest
 from pipelines.errors import EnvironmentFailed, InputError
 from pipelines.public_files import FileIdentity, identify, local_file, read_state_dict
 from pipelines.public_models import (
@@ -34,7 +34,6 @@ from pipelines.stage import Outcome, StageContext, plan_stage, run_stage, stage_
 from pipelines.tracking import Tracker
 
 STAGE = "import_mmaudio"
-CHECKPOINT = "checkpoint"
 FILE_OF_ROLE = {"network": NETWORK_FILE, **FROZEN_FILES}
 
 

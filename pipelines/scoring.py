@@ -13,12 +13,11 @@ from models.reward import Reward, RewardScore
 from models.spec import ClipSpec
 from pipelines.data.sound import resample
 from pipelines.data.source import SourceReader
-from pipelines.data.store import open_files
+from pipelines.data.store import CHECKPOINT, open_files
 from pipelines.data.window import DecodedWindow
 from pipelines.devices import own_device
 from pipelines.errors import InputError, MediaError
 from pipelines.file_clips import FileClips
-from pipelines.preferences.generation import CHECKPOINT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -307,12 +307,12 @@ class ClipWorker:
 
 
 def frame_grid(grid: VideoGrid, spec: ClipSpec) -> FrameGrid:
-    """What the reader has to give for an encoder's grid: round(rate * duration) frames."""
+    """What the reader has to give for an encoder's grid."""
     return FrameGrid(
         rate_hz=grid.rate_hz,
         size_px=grid.size_px,
         fit=grid.fit,
-        num_frames=round(grid.rate_hz * spec.duration_s),
+        num_frames=grid.num_frames(spec.duration_s),
         scaler=grid.scaler,
     )
 

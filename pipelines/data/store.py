@@ -22,6 +22,8 @@ from pipelines.data.tables import conform
 from pipelines.errors import ContractError, InputError
 
 MANIFEST = "manifest.json"
+CHECKPOINT = "checkpoint"
+"""Kind of an artifact of weights."""
 ROW_GROUP_ROWS = 64
 STORE_VERSION = 1
 

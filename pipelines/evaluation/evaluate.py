@@ -17,7 +17,7 @@ from models.reward import Reward
 from models.spec import SPECS, ClipSpec
 from models.weights import load_config
 from pipelines.data.contracts import FEATURES, SCORES
-from pipelines.data.store import Dataset, dataset_manifest, open_files, read_manifest
+from pipelines.data.store import CHECKPOINT, Dataset, dataset_manifest, open_files, read_manifest
 from pipelines.data.units import Pool, run_units
 from pipelines.errors import InputError, Refused
 from pipelines.evaluation.measuring import ClipMeasurer, EvaluationWorker
@@ -25,7 +25,6 @@ from pipelines.evaluation.scores import ClipScores
 from pipelines.evaluation.subjects import EvaluationSettings, plan_units
 from pipelines.evaluation.summary import point_values
 from pipelines.frozen import FrozenNetworks, open_codec
-from pipelines.preferences.generation import CHECKPOINT
 from pipelines.stage import Outcome, StageContext, run_stage, stage_run
 from pipelines.tracking import Tracker
 

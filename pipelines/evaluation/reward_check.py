@@ -15,7 +15,7 @@ import torch
 
 from models.reward import Reward
 from pipelines.data.contracts import FEATURES
-from pipelines.data.store import Dataset, files_manifest, open_files, read_manifest
+from pipelines.data.store import CHECKPOINT, Dataset, files_manifest, open_files, read_manifest
 from pipelines.errors import InputError
 from pipelines.evaluation.evaluate import read_scores
 from pipelines.evaluation.gates import Gate, GateReport, ground_truth_shares, measure
@@ -23,7 +23,6 @@ from pipelines.evaluation.ranking_quality import best_of_n, within_clip_correlat
 from pipelines.evaluation.real_pairs import real_pairs
 from pipelines.evaluation.scores import ClipScores, check_same_clips
 from pipelines.evaluation.tables import align
-from pipelines.preferences.generation import CHECKPOINT
 from pipelines.stage import Outcome, StageContext, run_stage
 
 STAGE = "check_reward"

@@ -23,7 +23,7 @@ from models.reward import Reward
 from models.spec import SPECS, ClipSpec
 from models.weights import load_config
 from pipelines.data.contracts import FEATURES, PAIRS
-from pipelines.data.store import Dataset, dataset_manifest, open_files, read_manifest
+from pipelines.data.store import CHECKPOINT, Dataset, dataset_manifest, open_files, read_manifest
 from pipelines.data.units import Pool, Unit, run_units
 from pipelines.errors import InputError, Refused
 from pipelines.frozen import FrozenNetworks, open_codec
@@ -33,7 +33,6 @@ from pipelines.preferences.ranking import Ranker
 from pipelines.stage import StageContext, run_stage, stage_run
 from pipelines.tracking import Tracker
 
-CHECKPOINT = "checkpoint"
 SUMMARISED = ("drop_reason", "margin", "rewards", "reward_ground_truth")
 LOW_KEEP_RATE = 0.30
 """Below this share of kept pairs a warning is given: filters and reward do not fit each other."""

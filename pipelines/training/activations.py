@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from models.latent_transform import ChannelTransform, Whitening
 from models.lora import add_adapters
 from models.mmdit import SIZES, SPEC_OF_SIZE, MMDiT
-from models.policy import Policy
+from models.policy import Policy, empty_transform
 from models.preference import PreferenceLossConfig
 from models.spec import SPECS
 from pipelines.training.flow_matching_objective import FlowMatchingTrainee
@@ -178,9 +177,7 @@ def trainee_without_memory(size: str, *, reference: bool, lora_rank: int | None)
         network = MMDiT(SIZES[size])
     if lora_rank is not None:
         add_adapters(network, lora_rank, float(lora_rank), seed=0)
-    stored, model = SPECS[SPEC_OF_SIZE[size]].latent_dim, SIZES[size].latent_dim
-    transform = ChannelTransform(network) if stored == model else Whitening(stored, model)
-    policy = Policy(network, transform, size)
+    policy = Policy(network, empty_transform(size, network), size)
     # Without a copy of its own as reference: that one saves nothing for backward, and its weights are arithmetic.
     return (
         PreferenceTrainee(policy, None, PreferenceLossConfig(kappa=1.0), None)

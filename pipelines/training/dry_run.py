@@ -1,12 +1,9 @@
 """What a training would need, as lines for people; nothing is read but the options, and nothing is started."""
 
-from pathlib import Path
-
-from pipelines.data.store import open_files
 from pipelines.errors import InputError
 from pipelines.training.memory import GIBIBYTE, memory_table, predict_stages
 from pipelines.training.options import PolicyTrainingOptions
-from pipelines.training.stages import CHECKPOINT_KIND, POLICY_FILES, size_of
+from pipelines.training.stages import open_policy, size_of
 
 
 def memory_lines(
@@ -48,5 +45,4 @@ def memory_lines(
 
 def policy_size(policy: str) -> str:
     """The size of a finished policy; raises InputError where there is none."""
-    folder, _ = open_files(policy, CHECKPOINT_KIND, only=POLICY_FILES)
-    return size_of(Path(folder.local_path()))
+    return size_of(open_policy(policy)[0])

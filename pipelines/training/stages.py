@@ -21,7 +21,7 @@ from models.weights import load_config
 from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, PAIRS
 from pipelines.data.sample_bytes import sample_bytes
-from pipelines.data.store import Dataset, files_manifest, open_files
+from pipelines.data.store import CHECKPOINT, Dataset, files_manifest, open_files
 from pipelines.errors import InputError
 from pipelines.frozen import FrozenNetworks, open_codec
 from pipelines.progress import Progress
@@ -37,7 +37,6 @@ from pipelines.training.preference_objective import Kind, PreferenceObjective
 from pipelines.training.sf_cavp_objective import SFCAVPObjective, fit_starting_sf_cavp
 from pipelines.training.workers import WorkerGroup
 
-CHECKPOINT_KIND = "checkpoint"
 START = "start"
 
 
@@ -143,7 +142,7 @@ def train_mmdit(
     _check_split(dataset, train_split, features)
     inputs = {"features": dataset.fingerprint}
     if init is not None:
-        start, manifest = _open_policy(init)
+        start, manifest = open_policy(init)
         if size_of(start) != size:
             raise InputError(f"--init {init} is a {size_of(start)} and --size says {size}")
         inputs["init"] = manifest["fingerprint"]
@@ -193,7 +192,7 @@ def train_rpo(
     Raises:
         InputError: an input is missing, or policy and pairs do not fit.
     """
-    folder, manifest = _open_policy(policy)
+    folder, manifest = open_policy(policy)
     size = size_of(folder)
     dataset = Dataset.open(pairs, PAIRS)
     _check_spec(dataset, SPEC_OF_SIZE[size], pairs)
@@ -280,7 +279,7 @@ def _train(
         tracker.metrics(int(record["step"] or 0), _finite(record))
     for note in result.notes:
         launching.say(f"{context.name}: {note}")
-    context.finish({"kind": CHECKPOINT_KIND, **content, **_outcome_of(context, result)})
+    context.finish({"kind": CHECKPOINT, **content, **_outcome_of(context, result)})
     tracker.tags({"files": ", ".join(result.files), "stopped": str(result.stopped)})
     for name in (CHECKPOINTS, START):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -315,8 +314,9 @@ def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
     pending.rename(folder)
 
 
-def _open_policy(location: str) -> tuple[Path, dict[str, Any]]:
-    folder, manifest = open_files(location, CHECKPOINT_KIND, only=POLICY_FILES)
+def open_policy(location: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a finished policy, its own files verified, and its manifest; raises InputError as `open_files`."""
+    folder, manifest = open_files(location, CHECKPOINT, only=POLICY_FILES)
     return folder.local_path(), manifest
 
 

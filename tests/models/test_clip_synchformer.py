@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from models.clip import CLIPConfig, FrozenCLIP
+from models.clip import CLIP_VIT_H_14, FrozenCLIP
 from models.clip_synchformer import ClipSynchformerEncoders, distinct
 from models.spec import SPECS
 from models.synchformer import Synchformer, SynchformerConfig
@@ -10,10 +12,9 @@ from tests.models.mmdit_golden import fill_by_rule
 
 SPEC = SPECS["16k"].with_duration(1.0)
 """8 frames for CLIP, 25 for Synchformer in two segments."""
-CLIP = CLIPConfig(
+CLIP = replace(
+    CLIP_VIT_H_14,
     embed_dim=12,
-    image_px=378,
-    patch_px=14,
     image_width=16,
     image_depth=1,
     image_head_width=16,

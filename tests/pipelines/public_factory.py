@@ -38,33 +38,10 @@ FILE_NAMES = {
     "synchformer": "synchformer_state_dict.pth",
     "clip": "open_clip_pytorch_model.bin",
 }
-NARROW_NETWORK = MMDiTConfig(
-    latent_dim=20,
-    clip_dim=1024,
-    sync_dim=768,
-    text_dim=1024,
-    hidden_dim=64,
-    num_heads=1,
-    depth=3,
-    fused_depth=2,
-    latent_len=250,
-    clip_len=64,
-    sync_len=192,
-    text_len=77,
-)
+NARROW_NETWORK = replace(SIZES["small_16k"], hidden_dim=64, num_heads=1, depth=3, fused_depth=2)
 NARROW_VAE = replace(VAES["16k"], latent_dim=20)
 NARROW_SYNCH = SynchformerConfig(width=768, depth=1, num_heads=12, mlp_dim=768)
-NARROW_CLIP = CLIPConfig(
-    embed_dim=1024,
-    image_px=378,
-    patch_px=14,
-    image_width=16,
-    image_depth=1,
-    image_head_width=16,
-    text_width=1024,
-    text_depth=1,
-    text_heads=16,
-)
+NARROW_CLIP = replace(CLIP_VIT_H_14, image_width=16, image_depth=1, image_head_width=16, text_depth=1)
 """Few layers and little inside, but what goes in and out has the true widths and lengths of small_16k."""
 
 

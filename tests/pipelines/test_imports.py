@@ -18,9 +18,9 @@ from models.synchformer import Synchformer
 from models.vae import vae_from_public
 from models.vocoder import BigVGAN
 from models.weights import load_strict
-from pipelines.data.store import open_files
+from pipelines.data.store import CHECKPOINT, open_files
 from pipelines.errors import EnvironmentFailed, InputError, StageConflict
-from pipelines.imports import CHECKPOINT, import_mmaudio
+from pipelines.imports import import_mmaudio
 from pipelines.public_files import identify
 from pipelines.public_models import PUBLIC_MODELS
 from pipelines.stage import untracked
