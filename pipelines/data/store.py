@@ -68,66 +68,6 @@ def encode_part(table: pa.Table, contract: Contract, spec: ClipSpec) -> bytes:
     return sink.getvalue()
 
 
-def describe_part(folder: Folder, name: str) -> tuple[Part, list[tuple[str, str]]]:
-    """Read a written part back: its manifest entry and its rows' (key, hash)."""
-    content = folder.read_bytes(name)
-    metadata = pq.read_metadata(io.BytesIO(content))
-    footer: dict[bytes, bytes] = metadata.metadata or {}
-    hashes = [(key, value) for key, value in json.loads(footer[digest.ROW_HASHES])]
-    split = None
-    if metadata.num_rows and "split" in pq.read_schema(io.BytesIO(content)).names:
-        splits = set(pq.read_table(io.BytesIO(content), columns=["split"])["split"].to_pylist())
-        if len(splits) != 1:
-            raise ContractError(f"{folder.uri}/{name}: rows of splits {sorted(splits)} in one part; one is allowed")
-        split = splits.pop()
-    part = Part(
-        path=name,
-        rows=metadata.num_rows,
-        bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        split=split,
-        row_groups=tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
-    )
-    return part, hashes
-
-
-def dataset_manifest(folder: Folder, contract: Contract, spec: ClipSpec) -> dict[str, Any]:
-    """Manifest fields of the parts that lie in `data/` and `rejects/`, checked: no key twice, none in both.
-
-    Raises:
-        ContractError: a key occurs in two parts.
-    """
-    parts, rejects = [], []
-    seen: dict[str, str] = {}
-    hashes: list[tuple[str, str]] = []
-    for sub, found in (("data", parts), ("rejects", rejects)):
-        for name in folder.list_names(sub):
-            if not (name.startswith("part-") and name.endswith(".parquet")):
-                continue
-            part, part_hashes = describe_part(folder, f"{sub}/{name}")
-            found.append(part)
-            for key, value in part_hashes:
-                clip = key.split("\x1f")[0]
-                if clip in seen:
-                    raise ContractError(f"{folder.uri}: clip '{clip}' is in {seen[clip]} and in {sub}/{name}")
-                seen[clip] = f"{sub}/{name}"
-                hashes.append((f"{sub}\x1f{key}", value))
-    return {
-        "kind": "dataset",
-        "contract": contract.name,
-        "version": contract.version,
-        "spec": {"name": spec.name, "duration_s": spec.duration_s},
-        "parts": [vars(part) | {"row_groups": list(part.row_groups)} for part in parts],
-        "rejects": [vars(part) | {"row_groups": list(part.row_groups)} for part in rejects],
-        "counts": {
-            "in": sum(p.rows for p in parts) + sum(p.rows for p in rejects),
-            "out": sum(p.rows for p in parts),
-            "rejected": sum(p.rows for p in rejects),
-        },
-        "digest": digest.combine(hashes),
-    }
-
-
 def read_manifest(location: str, *, kind: str | None = None) -> dict[str, Any]:
     """The manifest of a finished artifact.
 
