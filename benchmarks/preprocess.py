@@ -15,7 +15,8 @@ from benchmarks.table import show
 from pipelines.cluster import connect
 from pipelines.data.demo_world_job import CLIPS_CSV, make_demo_world
 from pipelines.data.manifest import read_entries
-from pipelines.data.preprocess import PreprocessSettings, preprocess
+from pipelines.data.preprocess import preprocess
+from pipelines.data.preprocess_settings import PreprocessSettings
 from pipelines.data.units import Pool
 
 

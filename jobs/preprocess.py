@@ -53,7 +53,8 @@ class Options:
 def main(options: Options) -> int:
     """Make the dataset; 0 when it is there."""
     from pipelines.data.manifest import list_videos, read_entries
-    from pipelines.data.preprocess import PreprocessSettings, preprocess
+    from pipelines.data.preprocess import preprocess
+    from pipelines.data.preprocess_settings import PreprocessSettings
     from pipelines.data.units import Pool
 
     if options.manifest is not None:

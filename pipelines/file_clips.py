@@ -7,9 +7,9 @@ import numpy as np
 
 from models.encoders import ClipEncoders, VideoGrid
 from models.spec import ClipSpec
+from pipelines.data.clip_worker import frame_grid
 from pipelines.data.decoding import DecodeLimits, Decoder
-from pipelines.data.frames import decode_frames
-from pipelines.data.preprocess import encode_jpeg, frame_grid
+from pipelines.data.frames import decode_frames, encode_jpeg
 from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
 from pipelines.preferences.candidates import ConditionRow
 

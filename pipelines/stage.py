@@ -26,7 +26,7 @@ from pipelines.errors import InputError, StageConflict
 from pipelines.tracking import SilentTracker, Tracker, open_tracker
 
 STARTED = "stage.json"
-OWN_NAMES = frozenset({STARTED, "config.yaml", "metrics.jsonl", "journal"})
+OWN_NAMES = frozenset({STARTED, "config.yaml", "metrics.jsonl", "journal", "lease"})
 
 Outcome = Literal["run", "resume", "skip"]
 

@@ -14,8 +14,8 @@ from models.sf_cavp import SF_CAVP_SIZES, SFCAVP
 from models.spec import SPECS
 from pipelines.data.contracts import FEATURES
 from pipelines.data.demo_world import CAPTION, FRAME_RATE_HZ, SAMPLE_RATE_HZ, DemoClip, plan_clips, render_clip
+from pipelines.data.frames import encode_jpeg
 from pipelines.data.media_write import encode_flac, write_mp4
-from pipelines.data.preprocess import encode_jpeg
 from pipelines.data.store import files_manifest
 from pipelines.data.tables import table_from_rows
 from pipelines.stage import StageContext, run_stage

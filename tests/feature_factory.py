@@ -7,10 +7,11 @@ import numpy as np
 import pyarrow as pa
 
 from models.spec import SPECS, ClipSpec
-from pipelines.data.contracts import FEATURES, PAIRS, Contract
+from pipelines.data.commits import commit_unit, dataset_manifest
+from pipelines.data.contracts import FEATURES, PAIRS, REJECTS, Contract
 from pipelines.data.storage import open_folder
-from pipelines.data.store import dataset_manifest, encode_part
 from pipelines.data.tables import table_from_rows
+from pipelines.data.units import Unit
 from pipelines.stage import StageContext, run_stage
 
 TINY = SPECS["tiny"]
@@ -98,8 +99,8 @@ def write_dataset(out: Path, contract: Contract, tables: dict[str, pa.Table], co
 
     def body(context: StageContext) -> None:
         for name, table in tables.items():
-            content = encode_part(table, contract, TINY)
-            context.folder.write_bytes(f"data/part-{name}.parquet", content)
+            unit = Unit(unit_id=name, split=name, rows=tuple(range(table.num_rows)))
+            commit_unit(context.folder, unit, table, REJECTS.schema(TINY).empty_table(), contract, TINY)
         context.finish(dataset_manifest(open_folder(str(out)), contract, TINY))
 
     run_stage(

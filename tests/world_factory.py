@@ -17,9 +17,8 @@ from models.reward import Reward
 from models.sf_cavp import SF_CAVP_SIZES, SFCAVP
 from pipelines.data.contracts import FEATURES
 from pipelines.data.demo_world import DemoClip, render_clip
-from pipelines.data.frames import decode_frames
+from pipelines.data.frames import decode_frames, encode_jpeg
 from pipelines.data.media_write import encode_flac
-from pipelines.data.preprocess import encode_jpeg
 from pipelines.data.store import Dataset, files_manifest
 from pipelines.data.tables import column_to_numpy, table_from_rows
 from pipelines.stage import StageContext, run_stage

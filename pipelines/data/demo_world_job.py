@@ -28,7 +28,7 @@ from pipelines.data.media import probe
 from pipelines.data.media_write import write_mp4
 from pipelines.data.storage import Folder, open_folder
 from pipelines.data.store import files_manifest
-from pipelines.data.units import actor_cpus
+from pipelines.data.unit_pool import actor_cpus
 from pipelines.errors import EnvironmentFailed, InputError, MediaError
 from pipelines.progress import Progress
 from pipelines.stage import Outcome, StageContext, run_stage

@@ -1,4 +1,4 @@
-"""The JPEG frames of a row back to pixels."""
+"""The JPEG frames of a row, from pixels and back."""
 
 import io
 from collections.abc import Sequence
@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.errors import MediaError
+
+JPEG_QUALITY = 90
 
 
 def decode_frames(jpegs: Sequence[bytes]) -> np.ndarray:
@@ -31,3 +33,10 @@ def _decode(content: bytes, index: int) -> np.ndarray:
         raise MediaError("not_media", f"frame {index} is not a JPEG file") from error
     except OSError as error:
         raise MediaError("truncated", f"frame {index}: {error}") from error
+
+
+def encode_jpeg(frame: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] RGB -> JPEG bytes."""
+    sink = io.BytesIO()
+    Image.fromarray(frame).save(sink, "JPEG", quality=JPEG_QUALITY)
+    return sink.getvalue()

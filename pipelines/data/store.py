@@ -3,7 +3,6 @@
 Readers trust the manifest alone: what it does not list is foreign, what it lists and is missing or altered is named.
 """
 
-import hashlib
 import io
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence

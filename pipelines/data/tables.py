@@ -1,13 +1,14 @@
 """Tables that keep a contract: from rows and tensors to conforming Arrow tables, and back to arrays."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from models.spec import ClipSpec
 from pipelines.data.contracts import REJECT_REASONS, REWARD_STRUCT, SPLITS, Contract, tensor_type
-from pipelines.errors import ContractError
+from pipelines.errors import ContractError, MediaError
 
 
 def tensor_column(values: np.ndarray) -> pa.FixedShapeTensorArray:
@@ -66,6 +67,18 @@ def _column_array(values: list, field: pa.Field, contract: Contract, rows: list[
 
 def _name(row: dict) -> str:
     return str(row.get("clip_id", "?"))
+
+
+def reject_row(clip: Mapping[str, Any], stage: str, error: MediaError, *, attempts: int = 1) -> dict[str, Any]:
+    """The rejects row of a clip (its `clip_id` and `source`) that a stage could not use."""
+    return {
+        "clip_id": clip["clip_id"],
+        "stage": stage,
+        "source": clip["source"],
+        "reason": error.reason,
+        "detail": error.detail,
+        "attempts": attempts,
+    }
 
 
 def conform(table: pa.Table, contract: Contract, spec: ClipSpec) -> pa.Table:

@@ -16,9 +16,10 @@ from models.policy import CONFIG_FILE, KIND, POLICY_FILES, Policy
 from models.reward import Reward
 from models.spec import SPECS, ClipSpec
 from models.weights import load_config
+from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, SCORES
-from pipelines.data.store import CHECKPOINT, Dataset, dataset_manifest, open_files, read_manifest
-from pipelines.data.units import Pool, run_units
+from pipelines.data.store import CHECKPOINT, Dataset, open_files, read_manifest
+from pipelines.data.units import ListedUnits, Pool, run_units
 from pipelines.errors import InputError, Refused
 from pipelines.evaluation.measuring import ClipMeasurer, EvaluationWorker
 from pipelines.evaluation.scores import ClipScores
@@ -105,7 +106,7 @@ def evaluate(
         from pipelines.evaluation.show_scores import show_scores
 
         run_units(
-            units,
+            ListedUnits(tuple(units)),
             pool,
             factory=MakeWorker(inputs=inputs, settings=settings, codec=codec),
             contract=SCORES,

@@ -18,8 +18,8 @@ from pipelines.data.demo_world import Event
 from pipelines.data.frames import decode_frames
 from pipelines.data.media_write import decode_flac, encode_flac
 from pipelines.data.store import Dataset
-from pipelines.data.tables import table_from_rows
-from pipelines.data.units import Unit
+from pipelines.data.tables import reject_row, table_from_rows
+from pipelines.data.units import Alive, Unit
 from pipelines.errors import MediaError
 from pipelines.evaluation.detector import BANDS, MatchCounts, detect, match
 from pipelines.evaluation.detector import SAMPLE_RATE_HZ as DETECTOR_RATE_HZ
@@ -152,7 +152,7 @@ class EvaluationWorker:
         self._spec = features.spec
         self._measurer = measurer
 
-    def process(self, unit: Unit) -> tuple[pa.Table, pa.Table]:
+    def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
         """Score rows of the unit's clips, and rejects for those whose stored media cannot be read."""
         clips = self._reader.read_unit(unit, COLUMNS)
         rows, rejects = [], []
@@ -161,17 +161,12 @@ class EvaluationWorker:
             try:
                 rows.append(self._measurer.row(clip, self._conditions(wanted, clip)))
             except MediaError as error:
-                rejects.append(
-                    {
-                        "clip_id": clip["clip_id"],
-                        "stage": STAGE,
-                        "source": clip["source"],
-                        "reason": error.reason,
-                        "detail": error.detail,
-                        "attempts": 1,
-                    }
-                )
+                rejects.append(reject_row(clip, STAGE, error))
+            alive()
         return table_from_rows(rows, SCORES, self._spec), table_from_rows(rejects, REJECTS, self._spec)
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def _conditions(self, wanted: dict[str, Any], clip: dict[str, Any]) -> ConditionRow:
         """The clip's own conditions, or those of the clip that the plan names as donor."""

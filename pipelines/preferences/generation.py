@@ -22,9 +22,10 @@ from models.policy import POLICY_FILES, Policy
 from models.reward import Reward
 from models.spec import SPECS, ClipSpec
 from models.weights import load_config
+from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, PAIRS
-from pipelines.data.store import CHECKPOINT, Dataset, dataset_manifest, open_files, read_manifest
-from pipelines.data.units import Pool, Unit, run_units
+from pipelines.data.store import CHECKPOINT, Dataset, open_files, read_manifest
+from pipelines.data.units import ListedUnits, Pool, Unit, run_units
 from pipelines.errors import InputError, Refused
 from pipelines.frozen import FrozenNetworks, open_codec
 from pipelines.preferences.make_pairs import STAGE, PairMaker, PairSettings, PairWorker, plan_units
@@ -108,7 +109,15 @@ def generate_pairs(
             lineage=(fingerprints["policy"], fingerprints["reward"]),
             codec=codec,
         )
-        run_units(units, pool, factory=factory, contract=PAIRS, spec=features.spec, out=context.out, label=STAGE)
+        run_units(
+            ListedUnits(tuple(units)),
+            pool,
+            factory=factory,
+            contract=PAIRS,
+            spec=features.spec,
+            out=context.out,
+            label=STAGE,
+        )
         content = _summarised(context, features.spec, units)
         context.finish({**content, "reward_saw_clips": reward_saw_clips})
 

@@ -20,8 +20,8 @@ from pipelines.data.clip_units import ClipReader, clip_places, cut_places, draw_
 from pipelines.data.contracts import PAIRS, REJECTS
 from pipelines.data.frames import decode_frames
 from pipelines.data.store import Dataset
-from pipelines.data.tables import table_from_rows
-from pipelines.data.units import Unit
+from pipelines.data.tables import reject_row, table_from_rows
+from pipelines.data.units import Alive, Unit
 from pipelines.errors import InputError, MediaError
 from pipelines.preferences.candidates import ConditionRow, Sampling, candidate_seeds, sample_candidates
 from pipelines.preferences.distortions import distort
@@ -201,7 +201,7 @@ class PairWorker:
         self._spec = features.spec
         self._lineage = lineage
 
-    def process(self, unit: Unit) -> tuple[pa.Table, pa.Table]:
+    def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
         """Rows and rejects of the unit; see `pipelines.data.units.UnitWorker`."""
         rows, rejects = [], []
         clips = self._reader.read_unit(unit, COLUMNS)
@@ -209,14 +209,9 @@ class PairWorker:
             try:
                 rows.append({**self._maker.row(clip), **self._lineage})
             except MediaError as error:
-                rejects.append(
-                    {
-                        "clip_id": clip["clip_id"],
-                        "stage": STAGE,
-                        "source": clip["source"],
-                        "reason": error.reason,
-                        "detail": error.detail,
-                        "attempts": 1,
-                    }
-                )
+                rejects.append(reject_row(clip, STAGE, error))
+            alive()
         return table_from_rows(rows, PAIRS, self._spec), table_from_rows(rejects, REJECTS, self._spec)
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -9,7 +9,7 @@ import pytest
 from models.encoders import build_encoders
 from models.spec import SPECS
 from pipelines.data import media
-from pipelines.data.preprocess import frame_grid
+from pipelines.data.clip_worker import frame_grid
 from pipelines.data.window import WindowRequest
 from pipelines.file_clips import ALL_MAY_MISS, MAX_PIXELS, FileClips
 from tests.demo_factory import write_demo_video

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines.data.frames import decode_frames
-from pipelines.data.preprocess import encode_jpeg
+from pipelines.data.frames import decode_frames, encode_jpeg
 from pipelines.errors import MediaError
 
 

@@ -223,7 +223,8 @@ def test_the_frames_and_conditions_are_those_that_preprocess_stores(tmp_path: Pa
     from models.encoders import build_encoders
     from pipelines.data.frames import decode_frames
     from pipelines.data.manifest import list_videos
-    from pipelines.data.preprocess import PreprocessSettings, preprocess
+    from pipelines.data.preprocess import preprocess
+    from pipelines.data.preprocess_settings import PreprocessSettings
     from pipelines.file_clips import FileClips
 
     clip = render_clip(0, 3)

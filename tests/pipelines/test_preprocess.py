@@ -9,11 +9,13 @@ import torch
 
 from models.codec import build_codec
 from models.spec import SPECS
+from pipelines.data.clip_worker import shift_events
 from pipelines.data.contracts import FEATURES
 from pipelines.data.frames import decode_frames
 from pipelines.data.manifest import list_videos, read_entries
 from pipelines.data.media_write import decode_flac, write_mp4
-from pipelines.data.preprocess import PreprocessSettings, preprocess, shift_events
+from pipelines.data.preprocess import preprocess
+from pipelines.data.preprocess_settings import PreprocessSettings
 from pipelines.data.source import SourceReader
 from pipelines.data.store import Dataset
 from pipelines.data.tables import column_to_numpy

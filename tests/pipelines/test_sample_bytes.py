@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.spec import SPECS, ClipSpec
+from pipelines.data.commits import commit_unit, dataset_manifest
 from pipelines.data.contracts import FEATURES, REJECTS
 from pipelines.data.sample_bytes import sample_bytes
-from pipelines.data.store import Dataset, dataset_manifest
+from pipelines.data.store import Dataset
 from pipelines.data.tables import column_to_numpy, table_from_rows
-from pipelines.data.units import commit_unit, cut_units
+from pipelines.data.units import cut_units
 from pipelines.errors import ContractError, InputError
 from pipelines.stage import StageContext, run_stage
 from pipelines.training.flow_matching_objective import FlowMatchingObjective

@@ -47,8 +47,7 @@ def test_a_sound_in_a_file_of_its_own_scores_as_it_does_under_the_picture(reward
 def test_the_score_is_that_of_the_reward_on_the_stored_clip(reward: Reward, tmp_path: Path) -> None:
     import torch
 
-    from pipelines.data.frames import decode_frames
-    from pipelines.data.preprocess import encode_jpeg
+    from pipelines.data.frames import decode_frames, encode_jpeg
     from pipelines.file_clips import FileClips
 
     video = write_demo_video(tmp_path / "clip.mp4")

@@ -7,11 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.data.commits import commit_unit, dataset_manifest
 from pipelines.data.contracts import FEATURES, PAIRS, REJECTS
 from pipelines.data.storage import open_folder
-from pipelines.data.store import Dataset, dataset_manifest, encode_part, files_manifest, open_files
+from pipelines.data.store import Dataset, encode_part, files_manifest, open_files
 from pipelines.data.tables import table_from_rows
-from pipelines.data.units import commit_unit, cut_units
+from pipelines.data.units import Unit, cut_units
 from pipelines.errors import ContractError, InputError
 from pipelines.stage import StageContext, run_stage
 from tests.pipelines.row_factory import TINY, make_row
@@ -107,9 +108,10 @@ def test_unfinished_foreign_and_newer_datasets_are_refused_in_one_line(tmp_path:
 
 def test_a_clip_in_two_parts_is_refused_when_the_manifest_is_written(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "x")
-    part = encode_part(table_from_rows(rows_of(2), FEATURES, TINY), FEATURES, TINY)
-    folder.write_bytes("data/part-a.parquet", part)
-    folder.write_bytes("data/part-b.parquet", part)
+    table = table_from_rows(rows_of(2), FEATURES, TINY)
+    for name in ("a", "b"):
+        unit = Unit(unit_id=name, split="train", rows=(0, 1))
+        commit_unit(folder, unit, table, REJECTS.schema(TINY).empty_table(), FEATURES, TINY)
     with pytest.raises(ContractError, match=r"clip 'train_000' is in data/part-a.parquet and in data/part-b.parquet"):
         dataset_manifest(folder, FEATURES, TINY)
 
@@ -148,7 +150,8 @@ def test_rejects_are_read_sorted(tmp_path: Path) -> None:
     rejects = table_from_rows([make_row(REJECTS, "b"), make_row(REJECTS, "a")], REJECTS, TINY)
 
     def body(context: StageContext) -> None:
-        context.folder.write_bytes("rejects/part-x.parquet", encode_part(rejects, REJECTS, TINY))
+        unit = Unit(unit_id="x", split="train", rows=(0, 1))
+        commit_unit(context.folder, unit, FEATURES.schema(TINY).empty_table(), rejects, FEATURES, TINY)
         context.finish(dataset_manifest(context.folder, FEATURES, TINY))
 
     run_stage(name="features", config={}, inputs={}, out=str(tmp_path / "f"), body=body, say=lambda line: None)

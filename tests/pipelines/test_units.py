@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.data.commits import dataset_manifest, done_units
 from pipelines.data.contracts import FEATURES, REJECTS
 from pipelines.data.storage import open_folder
-from pipelines.data.store import dataset_manifest
 from pipelines.data.tables import table_from_rows
-from pipelines.data.units import HERE, Pool, Unit, actor_cpus, cut_units, done_units, run_units
+from pipelines.data.unit_pool import actor_cpus
+from pipelines.data.units import HERE, Alive, ListedUnits, Pool, Unit, cut_units, run_units
 from pipelines.errors import InputError
 from tests.pipelines.row_factory import TINY, make_row
 
@@ -26,7 +27,7 @@ class Maker:
         self.marker = marker
         self.raises = raises
 
-    def process(self, unit: Unit) -> tuple[pa.Table, pa.Table]:
+    def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
         if self.raises:
             raise InputError("the policy at /m0 is of another size; give the matching preset")
         if self.marker and unit.unit_id.startswith("train-000001") and not Path(self.marker).exists():
@@ -37,7 +38,11 @@ class Maker:
             bad = row["clip_id"].endswith("7")
             target, contract = (rejects, REJECTS) if bad else (rows, FEATURES)
             target.append(make_row(contract, row["clip_id"], split=row["split"]))
+            alive()
         return table_from_rows(rows, FEATURES, TINY), table_from_rows(rejects, REJECTS, TINY)
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 def clips(count: int, split: str = "train") -> list[dict]:
@@ -51,7 +56,7 @@ def _made(factory: Callable[[], Maker], device: torch.device) -> Maker:
 
 def run(out: Path, units: list[Unit], pool: Pool, factory: Callable[[], Maker] = Maker) -> dict:
     make = partial(_made, factory)
-    run_units(units, pool, factory=make, contract=FEATURES, spec=TINY, out=str(out))
+    run_units(ListedUnits(tuple(units)), pool, factory=make, contract=FEATURES, spec=TINY, out=str(out))
     return dataset_manifest(open_folder(out), FEATURES, TINY)
 
 

@@ -1,0 +1,160 @@
+"""One clip after the other: decoded in a child, encoded by the frozen encoders, and made a row or a reject.
+
+A worker sees one clip a call; while it encodes one, its decode child reads the next. The pictures that SF-CAVP will
+see are the whole frame squeezed to a square (`stretch`): what sounds may be at the edge of the picture.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from models.codec import build_codec
+from models.encoders import VideoGrid, build_encoders
+from models.spec import ClipSpec
+from pipelines.data.contracts import FEATURES, REJECTS
+from pipelines.data.decoding import MAX_ATTEMPTS, RETRIED_REASONS, DecodeLimits, Decoder
+from pipelines.data.frames import encode_jpeg
+from pipelines.data.media_write import encode_flac
+from pipelines.data.preprocess_settings import STAGE, PreprocessSettings
+from pipelines.data.sound import wave_of
+from pipelines.data.source import LocalMedia, SourceReader
+from pipelines.data.tables import reject_row, table_from_rows
+from pipelines.data.units import Alive, Unit
+from pipelines.data.window import DecodedWindow, FrameGrid, WindowRequest
+from pipelines.errors import EnvironmentFailed, MediaError
+from pipelines.frozen import FrozenNetworks
+
+
+class ClipWorker:
+    """Decodes and encodes the clips of units; lives as long as its actor."""
+
+    def __init__(self, settings: PreprocessSettings, frozen: FrozenNetworks, device: torch.device) -> None:
+        self._settings = settings
+        self._device = device
+        self._spec = settings.clip_spec
+        self._encoders = build_encoders(settings.encoders, self._spec, device, frozen.folder)
+        self._codec = build_codec(settings.spec, device, frozen.folder, decoding=False)
+        self._frames = VideoGrid(
+            rate_hz=self._spec.frames_rate_hz,
+            size_px=self._spec.frames_px,
+            fit="stretch",
+        )
+        self._grids = tuple(dict.fromkeys((self._frames, *self._encoders.grids)))
+        self._decoder = Decoder(DecodeLimits(timeout_s=settings.timeout_s))
+        self._sources = SourceReader()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+
+    def close(self) -> None:
+        """End the decode child and the reading thread."""
+        self._reader.shutdown()
+        self._decoder.close()
+
+    def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
+        """(features, rejects) of a unit; every row of the unit is in one of them."""
+        rows, rejects = [], []
+        for row, load in self._ahead(unit.rows):
+            try:
+                rows.append(self._make_row(row, *load()))
+            except MediaError as error:
+                rejects.append(_reject(row, error))
+            alive()
+        return table_from_rows(rows, FEATURES, self._spec), table_from_rows(rejects, REJECTS, self._spec)
+
+    def _ahead(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[Mapping[str, Any], Callable[[], tuple[LocalMedia, DecodedWindow]]]]:
+        """Each row with the call that gives its material; the next row is being read meanwhile."""
+        coming = self._reader.submit(self._load, rows[0])
+        for index, row in enumerate(rows):
+            current = coming
+            if index + 1 < len(rows):
+                # One child, one thread: the next is queued behind the current one.
+                coming = self._reader.submit(self._load, rows[index + 1])
+            yield row, current.result
+
+    def _load(self, row: Mapping[str, Any]) -> tuple[LocalMedia, DecodedWindow]:
+        if row["problem"] is not None:
+            raise MediaError(*row["problem"])
+        request = WindowRequest(
+            start_s=row["start_s"],
+            duration_s=self._spec.duration_s,
+            grids=tuple(frame_grid(grid, self._spec) for grid in self._grids),
+            audio_rate_hz=self._spec.sample_rate_hz,
+            audio_samples=self._spec.num_samples,
+            max_pixels=self._settings.max_pixels,
+        )
+        with self._sources.open(row["uri"]) as media:
+            return media, self._decoder.decode(media.path, request)
+
+    def _make_row(self, row: Mapping[str, Any], media: LocalMedia, window: DecodedWindow) -> dict[str, Any]:
+        wave = wave_of(window, self._spec.sample_rate_hz, self._spec.num_samples)
+        frames = dict(zip(self._grids, window.frames, strict=True))
+        return {
+            "clip_id": row["clip_id"],
+            "source": row["source"],
+            "start_s": row["start_s"],
+            "duration_s": self._spec.duration_s,
+            "valid_s": window.valid_s,
+            "caption": row["caption"],
+            "split": row["split"],
+            "content_hash": content_hash(media.sha256, row["start_s"], self._spec),
+            "events": shift_events(row["events"], row["start_s"], self._spec.duration_s),
+            "frames": [encode_jpeg(frame) for frame in frames[self._frames]],
+            "audio": encode_flac(wave, self._spec.sample_rate_hz),
+            **self._encode(frames, row["caption"], wave),
+        }
+
+    def _encode(self, frames: Mapping[VideoGrid, np.ndarray], caption: str, wave: np.ndarray) -> dict[str, np.ndarray]:
+        """Conditions float16 and latents float32 of one clip."""
+        try:
+            values = self._encoders.encode(frames, caption)
+            mean, std = self._codec.encode(torch.from_numpy(wave)[None].to(self._device))
+        except torch.OutOfMemoryError as error:
+            # The machine's fault and not the clip's: a reject would lose it.
+            raise EnvironmentFailed(f"a worker's GPU is full ({error}); give fewer workers a GPU and resume") from error
+        except (ValueError, RuntimeError) as error:
+            raise MediaError("encoder_error", f"{type(error).__name__}: {error}") from error
+        values = {**values, "latent_mean": mean[0].float().cpu().numpy(), "latent_std": std[0].float().cpu().numpy()}
+        for name, value in values.items():
+            if not np.isfinite(value).all():
+                raise MediaError("nonfinite", f"{name} is not finite")
+        return values
+
+
+def frame_grid(grid: VideoGrid, spec: ClipSpec) -> FrameGrid:
+    """What the reader has to give for an encoder's grid."""
+    return FrameGrid(
+        rate_hz=grid.rate_hz,
+        size_px=grid.size_px,
+        fit=grid.fit,
+        num_frames=grid.num_frames(spec.duration_s),
+        scaler=grid.scaler,
+    )
+
+
+def content_hash(source_sha256: str, start_s: float, spec: ClipSpec) -> str:
+    """sha256 of source bytes, window and spec: what the clip is, wherever it lies and whatever it is called."""
+    fields = [source_sha256, start_s, dataclasses.asdict(spec)]
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def shift_events(
+    events: Sequence[Mapping[str, Any]] | None, start_s: float, duration_s: float
+) -> list[dict[str, Any]] | None:
+    """Events of the file -> those that begin inside the window, in seconds from its start; None stays unknown."""
+    if events is None:
+        return None
+    shifted = [{**event, "time_s": event["time_s"] - start_s} for event in events]
+    return [event for event in shifted if 0 <= event["time_s"] < duration_s]
+
+
+def _reject(row: Mapping[str, Any], error: MediaError) -> dict[str, Any]:
+    attempts = MAX_ATTEMPTS if error.reason in RETRIED_REASONS else 1
+    return reject_row(row, STAGE, error, attempts=attempts)

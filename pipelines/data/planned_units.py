@@ -1,0 +1,88 @@
+"""The plan of a stage over a manifest of any size: written once as Parquet, a row group a unit, read by who does the unit.
+
+So the driver holds names alone, workers are told an index, and what went into a dataset lies beside what came out.
+"""
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.data.storage import open_folder
+from pipelines.data.store import ROW_GROUP_ROWS
+from pipelines.data.units import Unit, unit_id
+
+PLAN = "plan"
+UNITS_PER_FILE = 64
+UNIT_COLUMN = "unit_id"
+
+Rows = Callable[[pa.Table], Iterator[Mapping[str, Any]]]
+"""Gives the rows of a slice of the plan as plain values for a worker; picklable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedUnits:
+    """The units of a written plan."""
+
+    out: str
+    """The artifact's folder; the plan lies in `plan/`."""
+    names: Sequence[str]
+    sizes: Sequence[int]
+    rows_of: Rows
+
+    def unit(self, index: int) -> Unit:
+        """The unit at `index`, read from the plan."""
+        folder = open_folder(self.out)
+        with folder.filesystem.open_input_file(folder.join(_file_name(index // UNITS_PER_FILE))) as file:
+            table = pq.ParquetFile(file).read_row_group(index % UNITS_PER_FILE)
+        rows = tuple(dict(row) for row in self.rows_of(table.drop_columns([UNIT_COLUMN])))
+        return Unit(unit_id=table[UNIT_COLUMN][0].as_py(), split=table["split"][0].as_py(), rows=rows)
+
+    def for_workers(self) -> "PlannedUnits":
+        """The same without the lists, which only the driver needs."""
+        return replace(self, names=(), sizes=())
+
+
+def write_plan(out: str, plan: pa.Table, rows_of: Rows) -> PlannedUnits:
+    """Cut a plan into units of at most 64 rows of one split, and write it to `plan/`.
+
+    Args:
+        out: the artifact's folder.
+        plan: sorted by (split, clip_id), both strings.
+        rows_of: what a worker gets of it.
+
+    Returns the units; the same plan gives the same ones.
+    """
+    folder = open_folder(out)
+    bounds = list(_bounds(plan["split"]))
+    names = []
+    for number, first in enumerate(range(0, len(bounds), UNITS_PER_FILE)):
+        sink = io.BytesIO()
+        schema = plan.schema.append(pa.field(UNIT_COLUMN, pa.string()))
+        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+            for split, index, start, stop in bounds[first : first + UNITS_PER_FILE]:
+                rows = plan.slice(start, stop - start)
+                names.append(unit_id(split, index, rows["clip_id"].to_pylist()))
+                named = rows.append_column(schema.field(UNIT_COLUMN), pa.repeat(names[-1], rows.num_rows))
+                writer.write_table(named, row_group_size=ROW_GROUP_ROWS)
+        folder.write_bytes(_file_name(number), sink.getvalue())
+    sizes = [stop - start for _, _, start, stop in bounds]
+    return PlannedUnits(out=out, names=names, sizes=sizes, rows_of=rows_of)
+
+
+def _bounds(splits: pa.ChunkedArray) -> Iterator[tuple[str, int, int, int]]:
+    """(split, number in the split, first row, row after the last) of every unit."""
+    lengths = {entry["values"]: entry["counts"] for entry in pc.value_counts(splits).to_pylist()}
+    first = 0
+    for split in sorted(lengths):
+        for number, start in enumerate(range(first, first + lengths[split], ROW_GROUP_ROWS)):
+            yield split, number, start, min(start + ROW_GROUP_ROWS, first + lengths[split])
+        first += lengths[split]
+
+
+def _file_name(number: int) -> str:
+    return f"{PLAN}/part-{number:06d}.parquet"

@@ -1,0 +1,46 @@
+"""What clips are made into: the options of preprocess that both the stage and its workers need."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from models.spec import SPECS, ClipSpec
+from pipelines.errors import InputError
+
+STAGE = "preprocess"
+METHOD = 2
+"""Raised when the same options would give other bytes; part of the fingerprint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessSettings:
+    """How clips become rows."""
+
+    spec: str
+    encoders: str
+    windows: Literal["first", "all"] = "first"
+    hop_s: float | None = None
+    max_pixels: int = 4096 * 2304
+    timeout_s: float = 60.0
+    """Of one clip's decoding; not part of the fingerprint, like all that depends on the machine."""
+    weights: str | None = None
+    """Folder of the frozen networks; what is in it enters the fingerprint, the place does not."""
+
+    def __post_init__(self) -> None:
+        if self.spec not in SPECS:
+            raise InputError(f"no clip spec '{self.spec}'; known are {', '.join(SPECS)}")
+
+    @property
+    def clip_spec(self) -> ClipSpec:
+        """The shapes of the rows."""
+        return SPECS[self.spec]
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """The settings that affect the bytes."""
+        return {
+            "spec": self.spec,
+            "encoders": self.encoders,
+            "windows": self.windows,
+            "hop_s": self.hop_s if self.windows == "all" else None,
+            "max_pixels": self.max_pixels,
+            "method": METHOD,
+        }
