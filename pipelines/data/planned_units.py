@@ -1,10 +1,10 @@
-"""The plan of a stage over a manifest of any size: written once as Parquet, a row group a unit, read by who does the unit.
+"""The plan of a stage over a manifest of any size: Parquet with a row group a unit, read by who does the unit.
 
 So the driver holds names alone, workers are told an index, and what went into a dataset lies beside what came out.
 """
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from pipelines.data.storage import open_folder
 from pipelines.data.store import ROW_GROUP_ROWS
 from pipelines.data.units import Unit, unit_id
+from pipelines.errors import InputError
 
 PLAN = "plan"
 UNITS_PER_FILE = 64
@@ -74,9 +75,33 @@ def write_plan(out: str, plan: pa.Table, rows_of: Rows) -> PlannedUnits:
     return PlannedUnits(out=out, names=names, sizes=sizes, rows_of=rows_of)
 
 
+def find_planned(out: str, clip_ids: Collection[str], rows_of: Rows) -> list[dict[str, Any]]:
+    """The planned rows of some clips of an artifact, as its workers got them; only ids are read of the others.
+
+    Raises:
+        InputError: the artifact has no plan (it was made from another dataset, or by older code).
+    """
+    folder = open_folder(out)
+    names = folder.list_names(PLAN)
+    if not names:
+        raise InputError(f"{folder.uri} has no {PLAN}/: its rows were not made from files; look at what it was made of")
+    wanted = pa.array(sorted(clip_ids), pa.string())
+    found: list[dict[str, Any]] = []
+    for name in names:
+        with folder.filesystem.open_input_file(folder.join(f"{PLAN}/{name}")) as file:
+            content = pq.ParquetFile(file)
+            for group in range(content.num_row_groups):
+                ids = content.read_row_group(group, columns=["clip_id"])["clip_id"]
+                here = pc.is_in(ids, value_set=wanted)  # pyright: ignore[reportAttributeAccessIssue]
+                if pc.any(here).as_py():  # pyright: ignore[reportAttributeAccessIssue]
+                    table = content.read_row_group(group).drop_columns([UNIT_COLUMN])
+                    found += [dict(row) for row in rows_of(table.filter(here))]
+    return found
+
+
 def _bounds(splits: pa.ChunkedArray) -> Iterator[tuple[str, int, int, int]]:
     """(split, number in the split, first row, row after the last) of every unit."""
-    lengths = {entry["values"]: entry["counts"] for entry in pc.value_counts(splits).to_pylist()}
+    lengths = {entry["values"]: entry["counts"] for entry in splits.value_counts().to_pylist()}
     first = 0
     for split in sorted(lengths):
         for number, start in enumerate(range(first, first + lengths[split], ROW_GROUP_ROWS)):
