@@ -30,7 +30,9 @@ def main(options: Options) -> int:
     problems = check_files(options.artifact)
     for problem in problems:
         print(f"verify: {problem}")
-    print(f"verify: {options.artifact}: {'every file is the one' if not problems else 'files are not those'} of manifest")
+    print(
+        f"verify: {options.artifact}: {'every file is the one' if not problems else 'files are not those'} of manifest"
+    )
     if not options.rows:
         return EXIT_REFUSED if problems else EXIT_DONE
     checks = check_rows(options.artifact, count=options.rows, seed=options.seed, weights=options.weights)

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipelines.data.frames import decode_frames
-from pipelines.data.media import decode_flac
+from pipelines.data.media_write import decode_flac
 from pipelines.data.store import Dataset
 from pipelines.evaluation.shown_clips import choose_clips, read_clips
 from pipelines.evaluation.spectrogram import RANGE_DB, mel_decibels

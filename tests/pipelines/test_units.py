@@ -16,7 +16,7 @@ from pipelines.data.storage import open_folder
 from pipelines.data.tables import table_from_rows
 from pipelines.data.unit_pool import actor_cpus
 from pipelines.data.units import HERE, Alive, ListedUnits, Pool, Unit, cut_units, run_units
-from pipelines.errors import InputError
+from pipelines.errors import EnvironmentFailed, InputError
 from tests.pipelines.row_factory import TINY, make_row
 
 
@@ -108,3 +108,38 @@ def test_what_a_worker_raises_arrives_as_itself(tmp_path: Path, ray_cluster: Non
 @pytest.mark.parametrize(("cpus", "workers"), [(1, 1), (2, 1), (2, 2), (2, 4), (8, 8), (64, 4)])
 def test_a_pool_never_takes_every_cpu(cpus: float, workers: int) -> None:
     assert 0 < actor_cpus(cpus, workers) * workers < cpus
+
+
+class Hanging(Maker):
+    """Stops itself, as a debugger or a lost driver call would, at its first unit."""
+
+    def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
+        if not Path(self.marker).exists():
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return Maker().process(unit, alive)
+
+
+class Deadly(Maker):
+    """Dies of every unit."""
+
+    def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("unreachable")
+
+
+@pytest.mark.ray
+def test_fault_21_a_stopped_worker_is_killed_and_its_unit_done_by_another(tmp_path: Path, ray_cluster: None) -> None:
+    units = cut_units(clips(8), size=4)
+    whole = run(tmp_path / "here", units, HERE)
+    pool = Pool(num_workers=1, stall_s=2.0)
+    found = run(tmp_path / "hung", units, pool, partial(Hanging, marker=str(tmp_path / "stopped")))
+    assert (tmp_path / "stopped").exists()
+    assert found == whole
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_rows_that_kill_every_worker_end_in_a_message(tmp_path: Path, ray_cluster: None) -> None:
+    with pytest.raises(EnvironmentFailed, match=r"begun 6 times and its worker died"):
+        run(tmp_path / "dead", cut_units(clips(4)), Pool(num_workers=1), Deadly)
