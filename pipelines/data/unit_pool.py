@@ -53,10 +53,19 @@ def run_on_ray_data(order: UnitOrder, pool: Pool, progress: Progress) -> None:
         PipelineError: what a worker raised.
     """
     import ray
+    from ray import exceptions
     from ray.data import ActorPoolStrategy
 
     from pipelines.data.ray_data import quiet_ray_data
 
+    lost = (
+        exceptions.RaySystemError,
+        exceptions.RayActorError,
+        exceptions.NodeDiedError,
+        exceptions.ObjectLostError,
+        exceptions.OutOfMemoryError,
+        exceptions.LocalRayletDiedError,
+    )
     num_workers = min(pool.num_workers, len(order.todo))
     quiet_ray_data()
     # One block a unit: a unit is the grain of scheduling, retry and commit. Its rows are read by who does it.
@@ -69,10 +78,16 @@ def run_on_ray_data(order: UnitOrder, pool: Pool, progress: Progress) -> None:
         num_cpus=actor_cpus(cluster_cpus(), num_workers),
         num_gpus=pool.num_gpus or None,
     )
-    for receipt in receipts.iter_rows():
-        if receipt["error"]:
-            raise _ERRORS[receipt["error"]](receipt["what"])
-        progress.advance(int(receipt["rows"]))
+    try:
+        for receipt in receipts.iter_rows():
+            if receipt["error"]:
+                raise _ERRORS[receipt["error"]](receipt["what"])
+            progress.advance(int(receipt["rows"]))
+    except lost as error:
+        raise EnvironmentFailed(
+            f"the Ray cluster failed ({type(error).__name__}: {error}); look at `ray status`, then run the same "
+            "command again"
+        ) from error
 
 
 def actor_cpus(total_cpus: float, num_workers: int) -> float:
