@@ -52,14 +52,11 @@ class Options:
 
 def main(options: Options) -> int:
     """Make the dataset; 0 when it is there."""
-    from pipelines.data.manifest import list_videos, read_entries
+    from pipelines.data.ingest import Sources, gather_entries
     from pipelines.data.preprocess import PreprocessSettings, preprocess
     from pipelines.data.units import Pool
 
-    if options.manifest is not None:
-        entries = read_entries(options.manifest)
-    else:
-        entries = list_videos(str(options.videos), follow=options.follow)
+    entries = gather_entries(Sources(manifest=options.manifest, videos=options.videos, follow=options.follow))
     settings = PreprocessSettings(
         spec=options.spec,
         encoders=options.encoders,

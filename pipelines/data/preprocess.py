@@ -27,8 +27,9 @@ from models.pretrained import codec_roles, encoder_roles
 from models.spec import SPECS, ClipSpec
 from pipelines.data.contracts import FEATURES, REJECTS
 from pipelines.data.decoding import MAX_ATTEMPTS, RETRIED_REASONS, DecodeLimits, Decoder
-from pipelines.data.manifest import Entries, plan_windows
+from pipelines.data.entries import Entries, text_of
 from pipelines.data.media_write import encode_flac
+from pipelines.data.plan import FileSurvey, files_to_survey, plan_rows, plan_windows
 from pipelines.data.sound import wave_of
 from pipelines.data.source import LocalMedia, SourceReader
 from pipelines.data.store import Dataset, dataset_manifest
@@ -137,14 +138,14 @@ def _run(
     context: StageContext, *, entries: Entries, settings: PreprocessSettings, frozen: FrozenNetworks, pool: Pool
 ) -> None:
     lengths = measure_lengths(entries, settings, max(pool.num_workers, 1)) if settings.windows == "all" else {}
-    rows = plan_windows(
-        entries.entries,
+    plan = plan_windows(
+        entries,
         clip_s=settings.clip_spec.duration_s,
         windows=settings.windows,
         hop_s=settings.hop_s,
-        length_of=lambda entry: lengths.get(entry.uri),
+        surveyed={source: FileSurvey(length_s=length) for source, length in lengths.items()},
     )
-    units = cut_units([row.as_dict() for row in rows])
+    units = cut_units(plan_rows(plan, 0, len(plan)))
     work = partial(run_units, units, pool, contract=FEATURES, spec=settings.clip_spec, out=context.out, label="clips")
     if pool.num_workers == 0:
         with closing(ClipWorker(settings, frozen, own_device())) as worker:
@@ -152,8 +153,8 @@ def _run(
     else:
         work(factory=partial(ClipWorker, settings, frozen))
     content = dataset_manifest(context.folder, FEATURES, settings.clip_spec)
-    if content["counts"]["in"] != len(rows):
-        raise RuntimeError(f"{len(rows)} windows went in, {content['counts']['in']} came out or were rejected")
+    if content["counts"]["in"] != len(plan):
+        raise RuntimeError(f"{len(plan)} windows went in, {content['counts']['in']} came out or were rejected")
     content["counts"]["repeated"] = entries.num_repeated
     content["frozen"] = dict(frozen.sha256)
     made = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, FEATURES)
@@ -164,26 +165,26 @@ def _run(
 
 def measure_lengths(entries: Entries, settings: PreprocessSettings, num_threads: int) -> dict[str, float]:
     """Seconds that each file holds, from its header; files that do not say, or cannot be opened, are left out."""
-    uris = sorted({entry.uri for entry in entries.entries if entry.problem is None})
-    shares = [uris[i::num_threads] for i in range(num_threads)]
+    files = files_to_survey(entries).to_pylist()
+    shares = [files[i::num_threads] for i in range(num_threads)]
     with ThreadPoolExecutor(num_threads) as pool:
         found = pool.map(partial(_measure, settings=settings), shares)
-    return {uri: length for share in found for uri, length in share.items()}
+    return {source: length for share in found for source, length in share.items()}
 
 
-def _measure(uris: Sequence[str], settings: PreprocessSettings) -> dict[str, float]:
+def _measure(files: Sequence[Mapping[str, Any]], settings: PreprocessSettings) -> dict[str, float]:
     lengths: dict[str, float] = {}
     sources = SourceReader()
     with Decoder(DecodeLimits(timeout_s=settings.timeout_s)) as decoder:
-        for uri in uris:
+        for file in files:
             try:
-                with sources.open(uri) as media:
+                with sources.open(text_of(file["uri"])) as media:
                     length = decoder.probe(media.path, settings.max_pixels).duration_s
             except MediaError:
                 # The worker that meets this file says why, in a reject.
                 continue
             if length is not None:
-                lengths[uri] = length
+                lengths[file["source"]] = length
     return lengths
 
 
@@ -258,8 +259,8 @@ class ClipWorker:
             yield row, current.result
 
     def _load(self, row: Mapping[str, Any]) -> tuple[LocalMedia, DecodedWindow]:
-        if row["problem"] is not None:
-            raise MediaError(*row["problem"])
+        if row["reason"] is not None:
+            raise MediaError(row["reason"], row["detail"])
         request = WindowRequest(
             start_s=row["start_s"],
             duration_s=self._spec.duration_s,
