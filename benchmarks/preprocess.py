@@ -14,7 +14,7 @@ import av
 from benchmarks.table import show
 from pipelines.cluster import connect
 from pipelines.data.demo_world_job import CLIPS_CSV, make_demo_world
-from pipelines.data.manifest import read_entries
+from pipelines.data.ingest import read_entries
 from pipelines.data.preprocess import preprocess
 from pipelines.data.preprocess_settings import PreprocessSettings
 from pipelines.data.units import Pool

@@ -11,7 +11,7 @@ import pytest
 from jobs.make_demo_world import Options, main
 from pipelines.data.demo_world import render_clip
 from pipelines.data.demo_world_job import make_demo_world
-from pipelines.data.manifest import read_entries
+from pipelines.data.ingest import read_entries
 from pipelines.data.store import open_files
 from pipelines.errors import InputError, StageConflict
 
@@ -47,9 +47,9 @@ def test_the_manifest_names_every_clip_with_its_split_and_events(world: Path) ->
 
 
 def test_preprocess_reads_the_manifest_without_a_problem(world: Path) -> None:
-    entries = read_entries(str(world / "clips.csv")).entries
+    entries = read_entries(str(world / "clips.csv")).rows()
     assert len(entries) == 9
-    assert all(e.problem is None and e.events and Path(e.uri).is_file() for e in entries)
+    assert all(e["reason"] is None and e["events"] and Path(e["uri"]).is_file() for e in entries)
 
 
 def test_the_finished_world_is_skipped_and_another_one_is_refused(world: Path) -> None:

@@ -222,7 +222,7 @@ def test_unusable_files_leave_no_output(policy: str, tmp_path: Path) -> None:
 def test_the_frames_and_conditions_are_those_that_preprocess_stores(tmp_path: Path) -> None:
     from models.encoders import build_encoders
     from pipelines.data.frames import decode_frames
-    from pipelines.data.manifest import list_videos
+    from pipelines.data.media_folder import list_videos
     from pipelines.data.preprocess import preprocess
     from pipelines.data.preprocess_settings import PreprocessSettings
     from pipelines.file_clips import FileClips

@@ -12,7 +12,8 @@ from models.spec import SPECS
 from pipelines.data.clip_worker import shift_events
 from pipelines.data.contracts import FEATURES
 from pipelines.data.frames import decode_frames
-from pipelines.data.manifest import list_videos, read_entries
+from pipelines.data.ingest import read_entries
+from pipelines.data.media_folder import list_videos
 from pipelines.data.media_write import decode_flac, write_mp4
 from pipelines.data.preprocess import preprocess
 from pipelines.data.preprocess_settings import PreprocessSettings

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipelines.data.contracts import FEATURES
-from pipelines.data.manifest import read_entries
+from pipelines.data.ingest import read_entries
 from pipelines.data.preprocess import preprocess
 from pipelines.data.preprocess_settings import PreprocessSettings
 from pipelines.data.storage import open_folder
