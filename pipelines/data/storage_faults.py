@@ -89,7 +89,7 @@ def verdict_of(error: BaseException) -> Verdict:
     """What a failure means, whether boto3, pyarrow or the operating system raised it."""
     if isinstance(error, aws.ClientError):
         return _verdict_of_answer(error)
-    if isinstance(error, BrokenTransfer | _TRANSIENT_AWS):
+    if isinstance(error, (BrokenTransfer, *_TRANSIENT_AWS)):
         return Verdict.TRANSIENT
     if isinstance(error, aws.BotoCoreError):
         # No or wrong credentials, region or profile, a name that cannot be one: nothing that a retry mends.
@@ -154,6 +154,8 @@ def raise_translated(error: Exception, where: str) -> NoReturn:
         raise InputError(
             f"{where}: {error}; check the bucket, the credentials and what they allow, and AWS_ENDPOINT_URL"
         ) from error
+    if verdict is Verdict.ABSENT:
+        raise FileNotFoundError(errno.ENOENT, "there is no such object", where) from error
     if verdict is Verdict.LOCAL and isinstance(error, OSError):
         raise local_failure(error, where) from error
     raise error
