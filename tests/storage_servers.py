@@ -33,7 +33,7 @@ class Faults:
     """What to do to which requests; the numbers count down."""
 
     kind: str = ""
-    """A code of ERRORS, or: silence, reset, short, flip, lost_reply."""
+    """A code of ERRORS, or: silence, reset, short, flip, lost_reply, unconditional."""
     times: int = 0
     method: str = "GET"
     matches: Callable[[str], bool] = lambda target: True
@@ -96,6 +96,8 @@ class _Proxy(BaseHTTPRequestHandler):
     def _forward(self, body: bytes, kind: str | None) -> None:
         connection = http.client.HTTPConnection(*self.upstream, timeout=60)
         headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP_HEADERS}
+        if kind == "unconditional":
+            headers = {k: v for k, v in headers.items() if k.lower() != "if-none-match"}
         connection.request(self.command, self.path, body=body, headers=headers)
         reply = connection.getresponse()
         content = reply.read()

@@ -58,7 +58,7 @@ class Owner:
     def is_known_dead(self) -> bool:
         """Whether it was a process of this very machine and namespace, and is no more; False where unknown."""
         here = (_boot_id(), _namespace())
-        return all(here) and (self.boot_id, self.pid_namespace) == here and _start_ticks(self.pid) != self.start_ticks
+        return all(here) and (self.boot_id, self.pid_namespace) == here and _is_gone(self.pid, self.start_ticks)
 
     def __str__(self) -> str:
         launch = f", launch {self.launch}" if self.launch else ""
@@ -88,6 +88,7 @@ class Lease:
         self._record = record
         self._say = say
         self._taken_by: str | None = None
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -106,22 +107,31 @@ class Lease:
         return self._taken_by is not None
 
     def check(self) -> None:
-        """Ask storage whether this is still the highest number.
+        """Renew, then ask storage whether this is still the highest number.
+
+        In this order, since a change in a folder makes an NFS client look at it anew.
 
         Raises:
             StageConflict: another process took over; what it writes stands.
             EnvironmentFailed: storage does not answer.
         """
-        if self._taken_by is None:
-            highest = max(_numbers(self._folder), default=0)
-            if highest > self.number:
-                record = _parsed(_read(self._folder, highest))
-                self._taken_by = str(record.owner) if record else f"the holder of {_name(highest)}"
+        with self._lock:
+            if self._taken_by is None:
+                self._record = replace(self._record, renewals=self._record.renewals + 1)
+                self._write()
+                self._look()
         if self._taken_by is not None:
             raise StageConflict(
                 f"{self._folder.uri} was taken over from lease {self.number} by {self._taken_by} while this process "
                 "did not renew its own; what that one writes stands, run the same command again when it has ended"
             )
+
+    def _look(self) -> None:
+        highest = max(_numbers(self._folder), default=0)
+        if highest > self.number:
+            record = _parsed(_read(self._folder, highest))
+            self._taken_by = str(record.owner) if record else f"the holder of {_name(highest)}"
+            self._folder.delete(_name(self.number))
 
     def release(self) -> None:
         """Stop renewing and say so in the lease file, so that the next one need not wait."""
@@ -131,10 +141,10 @@ class Lease:
         if self.is_lost:
             return
         try:
-            self.check()
-            self._write(replace(self._record, state="released"))
-        except StageConflict:
-            return
+            with self._lock:
+                self._record = replace(self._record, state="released")
+                self._write()
+                self._look()
         except PipelineError as error:
             # Never in the place of what ended the block; the next one finds this process dead, or waits a little.
             self._say(f"lease {self.number} of {self._folder.uri} could not be given back: {error}")
@@ -143,8 +153,6 @@ class Lease:
         while not self._stop.wait(self._record.renew_s):
             try:
                 self.check()
-                self._record = replace(self._record, renewals=self._record.renewals + 1)
-                self._write(self._record)
             except StageConflict as error:
                 self._say(str(error))
                 return
@@ -152,8 +160,8 @@ class Lease:
                 # Storage may come back; until then the only risk is that somebody takes over, and `check` sees that.
                 self._say(f"lease {self.number} of {self._folder.uri} could not be renewed: {error}")
 
-    def _write(self, record: _Record) -> None:
-        self._folder.write_bytes(_name(self.number), record.to_bytes())
+    def _write(self) -> None:
+        self._folder.write_bytes(_name(self.number), self._record.to_bytes())
 
 
 def acquire(
@@ -213,6 +221,9 @@ def _await_end(folder: Folder, number: int, renew_s: float, say: Callable[[str],
         if max(_numbers(folder), default=0) != number:
             return False
         seen = _read(folder, number)
+        if seen is None:
+            time.sleep(interval_s / POLLS_PER_RENEWAL)
+            return False
         now = _parsed(seen)
         if now is not None and (now.state == "released" or now.owner.is_known_dead):
             return True
@@ -252,18 +263,18 @@ def _numbers(folder: Folder) -> list[int]:
     return sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit())
 
 
-def _read(folder: Folder, number: int) -> bytes:
-    """Content of a lease file; empty once the holder of a higher one has removed it."""
+def _read(folder: Folder, number: int) -> bytes | None:
+    """Content of a lease file; None once the holder of a higher one has removed it."""
     try:
         return folder.read_bytes(_name(number))
     except FileNotFoundError:
-        return b""
+        return None
 
 
-def _parsed(content: bytes) -> _Record | None:
+def _parsed(content: bytes | None) -> _Record | None:
     """None for what cannot be read as a lease: such a holder is watched like any other, by its bytes."""
     try:
-        fields: dict[str, Any] = json.loads(content)
+        fields: dict[str, Any] = json.loads(content or b"")
         return _Record(**{**fields, "owner": Owner(**fields["owner"])})
     except (ValueError, TypeError, KeyError):
         return None
@@ -295,19 +306,35 @@ def _boot_id() -> str:
 
 
 def _namespace() -> str:
+    links = [Path(f"/proc/self/ns/{kind}") for kind in ("pid", "time")]
     try:
-        # Start ticks are counted in the reader's time namespace.
-        return " ".join(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "time"))
+        # Start ticks are counted in the reader's time namespace, which old kernels do not have.
+        return " ".join(str(link.readlink()) for link in links if link.is_symlink())
     except OSError:
         return ""
 
 
+def _is_gone(pid: int, start_ticks: int) -> bool:
+    """Whether no process of that id and start runs in this namespace."""
+    found = _start_ticks(pid)
+    if found is not None:
+        return found != start_ticks
+    try:
+        # Other users' processes may be hidden in /proc, but not from a signal.
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _start_ticks(pid: int) -> int | None:
-    """When a process started (field 22 of proc(5)'s stat), None when it is gone or a zombie."""
+    """When a process started (field 22 of proc(5)'s stat), 0 for a zombie, None when it cannot be seen."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     # The name in parentheses may hold anything; what follows its last one is plain.
     fields = text[text.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else int(fields[19])
+    return 0 if fields[0] in "ZX" else int(fields[19])
