@@ -28,6 +28,7 @@ from models.spec import SPECS, ClipSpec
 from pipelines.data.contracts import FEATURES, REJECTS
 from pipelines.data.decoding import MAX_ATTEMPTS, RETRIED_REASONS, DecodeLimits, Decoder
 from pipelines.data.manifest import Entries, plan_windows
+from pipelines.data.measures import measure_clip
 from pipelines.data.media_write import encode_flac
 from pipelines.data.sound import wave_of
 from pipelines.data.source import LocalMedia, SourceReader
@@ -286,6 +287,7 @@ class ClipWorker:
             "events": shift_events(row["events"], row["start_s"], self._spec.duration_s),
             "frames": [encode_jpeg(frame) for frame in frames[self._frames]],
             "audio": encode_flac(wave, self._spec.sample_rate_hz),
+            "measures": measure_clip(wave, self._spec.sample_rate_hz, frames[self._frames], self._spec.frames_rate_hz),
             **self._encode(frames, row["caption"], wave),
         }
 
