@@ -1,4 +1,4 @@
-"""Measures have known answers: standard tones, constructed pictures, cuts at known times; and depend on nothing else."""
+"""Measures have known answers: standard tones, constructed pictures, cuts at known times."""
 
 import math
 
