@@ -1,9 +1,5 @@
 """Files are surveyed for length, size and scenes: whole files in pieces, nothing rejected, killed and resumed."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +19,7 @@ from pipelines.data.survey import (
 )
 from pipelines.data.units import HERE, done_units
 from tests.pipelines.clip_factory import tone
+from tests.pipelines.deaths import dies_after
 
 TINY = SPECS["tiny"]
 SETTINGS = SurveySettings(scenes=True, max_pixels=1 << 22, timeout_s=60.0)
@@ -78,21 +75,7 @@ def test_a_survey_that_was_killed_goes_on_and_equals_one_that_was_not(tmp_path: 
     paths = [write_scenes(tmp_path / f"{i:02d}.mp4", [1.0 + i / 8, 1.0]) for i in range(20)]
     files = [{"uri": str(path)} for path in paths]
     quiet = survey_files(files, SETTINGS, TINY, out=str(tmp_path / "quiet"), pool=HERE)
-    program = f"""
-import os, signal
-from models.spec import SPECS
-from pipelines.data import survey, units
-files = {files!r}
-commit = units.commit_unit
-def commit_and_die(*args):
-    commit(*args)
-    os.kill(os.getpid(), signal.SIGKILL)
-units.commit_unit = commit_and_die
-survey.survey_files(files, survey.SurveySettings(scenes=True, max_pixels=1 << 22, timeout_s=60.0),
-                    SPECS["tiny"], out={str(tmp_path / "storm")!r}, pool=units.HERE)
-"""
-    dead = subprocess.run([sys.executable, "-c", program], check=False, env=os.environ.copy(), capture_output=True)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
+    dies_after(1, lambda: survey_files(files, SETTINGS, TINY, out=str(tmp_path / "storm"), pool=HERE))
     before = done_units(open_folder(str(tmp_path / "storm")))
     assert len(before) == 1 < len(survey_units(files))
     assert survey_files(files, SETTINGS, TINY, out=str(tmp_path / "storm"), pool=HERE) == quiet
