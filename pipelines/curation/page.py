@@ -120,8 +120,8 @@ def _spread_row(spread: Spread, is_linked: bool) -> str:
 
 
 def shown(value: float) -> str:
-    """A number in at most four figures."""
-    return f"{value:z.4g}"
+    """A number in four figures, or whole where it is large."""
+    return f"{value:z.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def _section(section: Section) -> str:
