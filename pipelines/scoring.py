@@ -54,10 +54,14 @@ class FileScore:
         return {**means, "worst_window": self.worst, "windows": [asdict(w) for w in self.windows]}
 
 
-def load_reward(location: str) -> Reward:
-    """Load a reward checkpoint; raises InputError where it is missing or another kind."""
+def load_reward(location: str, device: str | torch.device | None = None) -> Reward:
+    """Load a reward checkpoint onto a device (default: `own_device`).
+
+    Raises:
+        InputError: it is missing or another kind.
+    """
     try:
-        return Reward.load(open_files(location, CHECKPOINT)[0].local_path(), own_device())
+        return Reward.load(open_files(location, CHECKPOINT)[0].local_path(), own_device() if device is None else device)
     except ValueError as error:
         raise InputError(f"{location} is not a reward: {error}") from error
 
@@ -85,7 +89,7 @@ def score_file(reward: Reward, spec: ClipSpec, *, video: str, audio: str | None)
             for start_s in starts:
                 frames = clips.frames(str(picture.path), start_s)
                 wave = _wave(clips.sound(str(sound.path), start_s), spec)
-                scores.append((start_s, _judge(reward, frames, wave, spec)))
+                scores.append((start_s, score_clip(reward, frames, wave, spec.sample_rate_hz)))
     except MediaError as error:
         where = video if audio is None else f"{video} with {audio}"
         raise InputError(f"{where} cannot be scored ({error.reason}): {error.detail}") from error
@@ -110,11 +114,12 @@ def _wave(window: DecodedWindow, spec: ClipSpec) -> np.ndarray:
     return wave[margin : margin + spec.num_samples]
 
 
-def _judge(reward: Reward, frames: np.ndarray, wave: np.ndarray, spec: ClipSpec) -> RewardScore:
+def score_clip(reward: Reward, frames: np.ndarray, wave: np.ndarray, rate_hz: int) -> RewardScore:
+    """Score a clip's wave float32 [S] against its frames uint8 [T, H, W, 3] at 16 fps, on the reward's device."""
     device = next(reward.model.parameters()).device
     pixels = torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float() / 255
     features = reward.video_features(pixels[None])
-    return reward.score(features, torch.from_numpy(wave)[None].to(device), spec.sample_rate_hz)[0]
+    return reward.score(features, torch.from_numpy(wave)[None].to(device), rate_hz)[0]
 
 
 def _window_score(start_s: float, score: RewardScore) -> WindowScore:

@@ -15,6 +15,7 @@ from models.spec import SPECS
 from pipelines.data.contracts import FEATURES
 from pipelines.data.demo_world import CAPTION, FRAME_RATE_HZ, SAMPLE_RATE_HZ, DemoClip, plan_clips, render_clip
 from pipelines.data.frames import encode_jpeg
+from pipelines.data.measures import measure_clip
 from pipelines.data.media_write import encode_flac, write_mp4
 from pipelines.data.store import files_manifest
 from pipelines.data.tables import table_from_rows
@@ -41,6 +42,7 @@ def demo_row(clip_id: str, split: str, clip: DemoClip) -> dict[str, object]:
         "events": [asdict(event) for event in clip.events],
         "frames": [encode_jpeg(frame) for frame in clip.frames],
         "audio": encode_flac(clip.wave, SAMPLE_RATE_HZ),
+        "measures": measure_clip(clip.wave, SAMPLE_RATE_HZ, clip.frames, FRAME_RATE_HZ),
         **conditions,
         "latent_mean": mean[0].numpy(),
         "latent_std": std[0].numpy(),

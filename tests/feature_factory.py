@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from models.spec import SPECS, ClipSpec
 from pipelines.data.commits import commit_unit, dataset_manifest
-from pipelines.data.contracts import FEATURES, PAIRS, REJECTS, Contract
+from pipelines.data.contracts import FEATURES, MEASURED, PAIRS, REJECTS, Contract
 from pipelines.data.storage import open_folder
 from pipelines.data.tables import table_from_rows
 from pipelines.data.units import Unit
@@ -36,10 +36,25 @@ def feature_row(rng: np.random.Generator, clip_id: str, split: str, spec: ClipSp
         "events": None,
         "frames": [b"\xff\xd8"] * spec.frames_len,
         "audio": b"fLaC",
+        "measures": random_measures(rng),
         **_conditions(rng, cause, spec),
         "latent_mean": latent,
         "latent_std": np.zeros_like(latent),
     }
+
+
+def random_measures(rng: np.random.Generator) -> dict[str, object]:
+    """Measures of no real clip, every column used: floats of both signs, counts, some of them null."""
+    values: dict[str, object] = {}
+    for name, kind, _ in MEASURED:
+        if pa.types.is_list(kind):
+            values[name] = []
+        elif pa.types.is_integer(kind):
+            values[name] = int(rng.integers(4))
+        else:
+            values[name] = float(rng.normal(0, 10))
+    missing = ("loudness_lufs", "source_fps")
+    return {name: None if name in missing and rng.random() < 0.3 else value for name, value in values.items()}
 
 
 def _conditions(rng: np.random.Generator, sync: np.ndarray, spec: ClipSpec) -> dict[str, np.ndarray]:

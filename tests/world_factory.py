@@ -18,6 +18,7 @@ from models.sf_cavp import SF_CAVP_SIZES, SFCAVP
 from pipelines.data.contracts import FEATURES
 from pipelines.data.demo_world import DemoClip, render_clip
 from pipelines.data.frames import decode_frames, encode_jpeg
+from pipelines.data.measures import measure_clip
 from pipelines.data.media_write import encode_flac
 from pipelines.data.store import Dataset, files_manifest
 from pipelines.data.tables import column_to_numpy, table_from_rows
@@ -44,6 +45,7 @@ def world_row(clip: DemoClip, clip_id: str, split: str) -> dict[str, object]:
         "events": [vars(event) for event in clip.events],
         "frames": [encode_jpeg(frame) for frame in clip.frames],
         "audio": encode_flac(clip.wave, TINY.sample_rate_hz),
+        "measures": measure_clip(clip.wave, TINY.sample_rate_hz, clip.frames, TINY.frames_rate_hz),
         **encoders.encode({encoders.grids[0]: clip.frames}, CAPTION),
         "latent_mean": mean[0].numpy(),
         "latent_std": std[0].numpy(),

@@ -31,6 +31,7 @@ REJECT_REASONS = (
     "decoder_crash",
     "nonfinite",
     "encoder_error",
+    "filtered",
 )
 SPLITS = ("train", "rpo", "val", "test")
 
@@ -53,6 +54,27 @@ CANDIDATE_STRUCT = pa.struct(
         ("mel_distance", pa.float32()),
     ],
 )
+
+MEASURED: tuple[tuple[str, pa.DataType, str], ...] = (
+    ("peak", pa.float32(), "largest absolute sample, 0 .. 1"),
+    ("rms_db", pa.float32(), "level of the whole clip, dB below full scale; null for digital silence"),
+    ("loudness_lufs", pa.float32(), "integrated loudness (ITU-R BS.1770-4); null where every block is gated away"),
+    ("silent_share", pa.float32(), "share of 50 ms blocks whose level is under -60 dBFS"),
+    ("clipped_share", pa.float32(), "share of samples at full scale (0.999 and more)"),
+    ("dc_offset", pa.float32(), "mean of the samples, -1 .. 1"),
+    ("motion", pa.float32(), "mean absolute difference of successive frames at 16 fps, 0 .. 255"),
+    ("static_share", pa.float32(), "share of steps between frames in which no sixteenth of a side visibly changes"),
+    ("brightness", pa.float32(), "mean luma of the frames, 0 .. 255"),
+    ("num_cuts", pa.int32(), "hard scene cuts (PySceneDetect's AdaptiveDetector)"),
+    ("cuts_s", pa.list_(pa.float32()), "when each new scene begins, seconds from the clip's start"),
+    ("source_width", pa.int32(), "width of the file's picture, pixels; null where the reader does not tell"),
+    ("source_height", pa.int32(), "height of the file's picture, pixels; null where the reader does not tell"),
+    ("source_fps", pa.float32(), "mean frame rate of the file; null where the reader does not tell"),
+    ("source_rate_hz", pa.int32(), "sample rate of the file's sound; null where the reader does not tell"),
+    ("source_channels", pa.int32(), "channels of the file's sound; null where the reader does not tell"),
+)
+"""What is measured of every clip while it is decoded: name, type, meaning."""
+MEASURE_STRUCT = pa.struct([(name, kind) for name, kind, _ in MEASURED])
 
 
 def tensor_type(dtype: pa.DataType, *shape: int) -> pa.FixedShapeTensorType:
@@ -128,7 +150,7 @@ _CONDITIONS = (
 
 FEATURES = Contract(
     name="features",
-    version=1,
+    version=2,
     key=("clip_id",),
     doc="One row is one clip: its identity, the material SF-CAVP sees, the generator's conditions and target.",
     columns=(
@@ -160,6 +182,11 @@ FEATURES = Contract(
             doc="JPEG frames at 16 fps, square, for SF-CAVP",
         ),
         Column(name="audio", type=_plain(pa.binary()), doc="FLAC, 16 bit, mono, the codec's rate, exact length"),
+        Column(
+            name="measures",
+            type=_plain(MEASURE_STRUCT),
+            doc="what curation filters by: level, loudness, silence, motion, cuts (see the dataset of measures)",
+        ),
         *_CONDITIONS,
         Column(name="latent_mean", type=_latent, doc="posterior mean of the codec's latents [N, C]"),
         Column(name="latent_std", type=_latent, doc="posterior standard deviation [N, C], 0 for a fixed codec"),
@@ -285,4 +312,65 @@ SCORES = Contract(
     ),
 )
 
-CONTRACTS: dict[str, Contract] = {c.name: c for c in (FEATURES, REJECTS, PAIRS, SCORES)}
+SURVEY = Contract(
+    name="survey",
+    version=1,
+    key=("clip_id",),
+    doc="One row is one media file, surveyed before its windows are planned; what cannot be opened or told is null.",
+    columns=(
+        Column(
+            name="clip_id",
+            type=_plain(pa.string()),
+            doc="key: the escaped URI of the file, with `@<offset>` for a member of a tar",
+        ),
+        Column(name="length_s", type=_plain(pa.float64()), doc="seconds the file holds", nullable=True),
+        Column(name="width", type=_plain(pa.int32()), doc="width of the picture, pixels", nullable=True),
+        Column(name="height", type=_plain(pa.int32()), doc="height of the picture, pixels", nullable=True),
+        Column(
+            name="cuts_s",
+            type=_plain(pa.list_(pa.float64())),
+            doc="when each new scene begins, seconds from the file's start; null where scenes were not asked for",
+            nullable=True,
+        ),
+    ),
+)
+
+MEASURES = Contract(
+    name="measures",
+    version=1,
+    key=("clip_id",),
+    doc="One row is one clip of a features dataset with everything it can be filtered by.",
+    columns=(
+        _CLIP_ID,
+        Column(name="split", type=_plain(pa.string()), doc="split of the clip"),
+        Column(name="valid_s", type=_plain(pa.float64()), doc="how much of the clip is real, seconds"),
+        *(Column(name=name, type=_plain(kind), doc=doc, nullable=True) for name, kind, doc in MEASURED),
+        Column(
+            name="semantic",
+            type=_plain(pa.float32()),
+            doc="does the sound belong to the picture: cosine of SF-CAVP's slow vectors; null without a reward",
+            nullable=True,
+        ),
+        Column(
+            name="temporal",
+            type=_plain(pa.float32()),
+            doc="does it keep its time: SF-CAVP's fast similarity against that of shifted sound; null without a reward",
+            nullable=True,
+        ),
+        Column(name="reward", type=_plain(pa.float32()), doc="R of both parts; 0 is an average pair", nullable=True),
+        Column(
+            name="offset_s",
+            type=_plain(pa.float32()),
+            doc="shift at which sound and picture fit best, seconds; positive: the sound is late",
+            nullable=True,
+        ),
+        Column(
+            name="reward_invalid",
+            type=_plain(pa.string()),
+            doc="why there is no reward: silent, clipped, nonfinite, or what is wrong with the stored media",
+            nullable=True,
+        ),
+    ),
+)
+
+CONTRACTS: dict[str, Contract] = {c.name: c for c in (FEATURES, REJECTS, PAIRS, SCORES, SURVEY, MEASURES)}

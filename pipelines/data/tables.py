@@ -1,5 +1,6 @@
 """Tables that keep a contract: from rows and tensors to conforming Arrow tables, and back to arrays."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from models.spec import ClipSpec
-from pipelines.data.contracts import REJECT_REASONS, REWARD_STRUCT, SPLITS, Contract, tensor_type
+from pipelines.data.contracts import REJECT_REASONS, SPLITS, Contract, tensor_type
 from pipelines.errors import ContractError, MediaError
 
 
@@ -125,14 +126,22 @@ def _check_finite(table: pa.Table, field: pa.Field, contract: Contract) -> None:
         bad = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
     elif pa.types.is_floating(field.type):
         bad = ~np.isfinite(column.fill_null(0.0).to_numpy())
-    elif field.type == REWARD_STRUCT:
-        rewards = column.to_pylist()
-        bad = np.array([r is not None and not all(np.isfinite(v) for v in r.values()) for r in rewards])
+    elif pa.types.is_struct(field.type):
+        bad = ~np.array([_is_finite(value) for value in column.to_pylist()], bool)
     else:
         return
     if bad.any():
         clip = _clip(table, int(np.argmax(bad)))
         raise ContractError(f"{contract.name}: column '{field.name}' is not finite in clip '{clip}'")
+
+
+def _is_finite(value: object) -> bool:
+    """Whether every float in a nested value is finite; nulls are a matter of the schema."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _check_key(table: pa.Table, contract: Contract) -> None:

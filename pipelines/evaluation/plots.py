@@ -1,4 +1,4 @@
-"""Plots: how rewards are spread, and reward against the independent score."""
+"""Plots: how rewards and measures are spread, and reward against the independent score."""
 
 import io
 from collections.abc import Mapping
@@ -42,6 +42,15 @@ def histogram_of(rewards: Mapping[str, np.ndarray]) -> Figure:
                 axes.axvline(float(values.mean()), color=colour, linewidth=0.9, linestyle=":")
         _legend(figure)
     return figure
+
+
+def value_histogram(values: np.ndarray, label: str, title: str) -> str:
+    """How finite values [N], N at least 1, are spread, in counts, as SVG; dotted: their median."""
+    figure, axes = _figure(label, "clips", title)
+    counts, edges = np.histogram(values, bins=40)
+    axes.stairs(counts, edges, color=COLOURS[0], fill=True, alpha=0.75)
+    axes.axvline(float(np.median(values)), color=COLOURS[5], linewidth=0.9, linestyle=":")
+    return _svg(figure)
 
 
 def reward_against_score(scores: Mapping[str, ClipScores]) -> str:

@@ -26,7 +26,11 @@ def _value(kind: pa.DataType, nullable: bool, text: str, rng: np.random.Generato
         return None
     if pa.types.is_list(kind):
         return [rng.bytes(8)] if pa.types.is_binary(kind.value_type) else []
-    return {field.name: 0.5 for field in kind}
+    return {field.name: _member(field.type) for field in kind}
+
+
+def _member(kind: pa.DataType) -> object:
+    return [] if pa.types.is_list(kind) else 0.5 if pa.types.is_floating(kind) else 1
 
 
 def make_row(contract: Contract, clip_id: str, seed: int = 0, split: str = "train", spec: ClipSpec = TINY) -> dict:

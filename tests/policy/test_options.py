@@ -30,7 +30,7 @@ HEAVY = (
 )
 PRESETS = sorted((ROOT / "jobs" / "presets").glob("*.yaml"))
 SECTIONS = [(preset, job) for preset in PRESETS for job in (yaml.safe_load(preset.read_text()) or {})]
-CHOICES = {"preprocess": ["--manifest", "x"], "evaluate": ["--policy", "x"]}
+CHOICES = {"preprocess": ["--manifest", "x"], "evaluate": ["--policy", "x"], "curate": ["--out", "x"]}
 """What a job wants of the user although no single option is required: one of several."""
 
 
