@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, Literal
 
+from pipelines.data.lease import Lease, acquire
 from pipelines.data.storage import Folder, open_folder
 from pipelines.data.store import MANIFEST, STORE_VERSION
 from pipelines.errors import InputError, StageConflict
@@ -50,6 +51,8 @@ class StageContext:
     version: int
     tracker: Tracker = field(default_factory=SilentTracker)
     """The stage's run in MLflow."""
+    lease: Lease | None = None
+    """The right to write the folder; None for those who call a body by itself."""
     _finished: list[bool] = field(default_factory=list)
 
     @property
@@ -61,8 +64,10 @@ class StageContext:
         """Write the manifest: `content` (kind, parts or files, counts ...) with fingerprint and lineage; once.
 
         Raises:
-            StageConflict: another process finished this artifact in the meantime.
+            StageConflict: another process took this folder over, or finished this artifact in the meantime.
         """
+        if self.lease is not None:
+            self.lease.check()
         manifest = {
             "store_version": STORE_VERSION,
             "version": self.version,
@@ -124,36 +129,48 @@ def run_stage(
         say: where the one line goes.
 
     Raises:
-        StageConflict: `out` holds the work of another configuration or foreign files.
+        StageConflict: `out` holds the work of another configuration or foreign files, or another process writes it.
     """
     folder = open_folder(out)
     config = json.loads(json.dumps(dict(config)))
     fingerprint = fingerprint_of(name, config, inputs, version)
     started = {"stage": name, "config": config, "inputs": dict(inputs), "version": version}
     outcome = _outcome(folder, started, fingerprint)
+    if outcome != "skip":
+        with acquire(folder, say) as lease:
+            # Again, since another process may have finished or begun while this one waited.
+            outcome = _outcome(folder, started, fingerprint)
+            if outcome == "run":
+                folder.write_bytes(STARTED, _json({**started, "fingerprint": fingerprint}))
+            if outcome != "skip":
+                if options_yaml is not None:
+                    folder.write_bytes("config.yaml", options_yaml.encode())
+                say(f"{name}: {outcome}, {folder.uri} (fingerprint {fingerprint[:12]})")
+                context = StageContext(
+                    name=name,
+                    folder=folder,
+                    fingerprint=fingerprint,
+                    config=config,
+                    inputs=dict(inputs),
+                    resumed=outcome == "resume",
+                    version=version,
+                    lease=lease,
+                )
+                _carry_out(context, body, track)
     if outcome == "skip":
         say(f"{name}: skip, {folder.uri} is complete (fingerprint {fingerprint[:12]})")
-        return outcome
-    if outcome == "run":
-        folder.write_bytes(STARTED, _json({**started, "fingerprint": fingerprint}))
-    if options_yaml is not None:
-        folder.write_bytes("config.yaml", options_yaml.encode())
-    say(f"{name}: {outcome}, {folder.uri} (fingerprint {fingerprint[:12]})")
-    context = StageContext(
-        name=name,
-        folder=folder,
-        fingerprint=fingerprint,
-        config=config,
-        inputs=dict(inputs),
-        resumed=outcome == "resume",
-        version=version,
-    )
+    else:
+        say(f"{name}: done, {folder.uri}")
+    return outcome
+
+
+def _carry_out(
+    context: StageContext, body: Callable[[StageContext], None], track: Callable[[StageContext], Tracker]
+) -> None:
     with track(context) as tracker:
         body(replace(context, tracker=tracker))
     if not context._finished:
-        raise RuntimeError(f"stage {name} returned without a manifest for {folder.uri}")
-    say(f"{name}: done, {folder.uri}")
-    return outcome
+        raise RuntimeError(f"stage {context.name} returned without a manifest for {context.out}")
 
 
 def plan_stage(*, name: str, config: Mapping[str, Any], inputs: Mapping[str, str], out: str, version: int = 1) -> str:

@@ -6,18 +6,18 @@ rest are rejects with the reason `filtered` and the predicate that they did not 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import torch
 
 from pipelines.curation.predicates import Predicate, Verdict, filterable, judge, parse_predicates
 from pipelines.data.clip_units import row_group_units
+from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, MEASURES, REJECTS
-from pipelines.data.store import Dataset, dataset_manifest, read_manifest
-from pipelines.data.tables import table_from_rows
-from pipelines.data.units import Pool, Unit, run_units
-from pipelines.errors import InputError, Refused
+from pipelines.data.store import Dataset, read_manifest
+from pipelines.data.tables import reject_row, table_from_rows
+from pipelines.data.units import Alive, ListedUnits, Pool, Unit, run_units
+from pipelines.errors import InputError, MediaError, Refused
 from pipelines.stage import Outcome, StageContext, run_stage, stage_run
 from pipelines.tracking import Tracker
 
@@ -99,7 +99,7 @@ def curate(
 
     def body(context: StageContext) -> None:
         run_units(
-            row_group_units(features, plan.dropped),
+            ListedUnits(tuple(row_group_units(features, plan.dropped))),
             pool,
             factory=MakeWorker(features=features.folder.uri),
             contract=FEATURES,
@@ -151,7 +151,7 @@ class CurationWorker:
         self._features = features
         self._parts = {part.path: part for part in features.parts}
 
-    def process(self, unit: Unit) -> tuple[pa.Table, pa.Table]:
+    def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
         """The rows that are kept, and a reject for every other."""
         part, index = self._parts[unit.rows[0]["part"]], unit.rows[0]["row_group"]
         kept = [number for number, row in enumerate(unit.rows) if "why" not in row]
@@ -162,21 +162,18 @@ class CurationWorker:
         rejects = []
         if len(kept) < len(unit.rows):
             sources = self._features.read_row_group(part, index, ["source"])["source"].to_pylist()
-            rejects = [_reject(row, source) for row, source in zip(unit.rows, sources, strict=True) if "why" in row]
+            rejects = [
+                reject_row({**row, "source": source}, STAGE, MediaError(REASON, row["why"]))
+                for row, source in zip(unit.rows, sources, strict=True)
+                if "why" in row
+            ]
+        alive()
         return take_rows(table, kept), table_from_rows(rejects, REJECTS, self._features.spec)
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 def take_rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
     """Some rows of a table, in their order; by slices, since Arrow cannot filter tensor columns."""
     return pa.concat_tables([table.schema.empty_table(), *(table.slice(row, 1) for row in rows)])
-
-
-def _reject(row: dict[str, Any], source: str) -> dict[str, Any]:
-    return {
-        "clip_id": row["clip_id"],
-        "stage": STAGE,
-        "source": source,
-        "reason": REASON,
-        "detail": row["why"],
-        "attempts": 1,
-    }

@@ -16,12 +16,13 @@ import torch
 from models.reward import Reward
 from pipelines.curation.report import ReportSettings, write_report
 from pipelines.data.clip_units import ClipReader, row_group_units
+from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, MEASURES, REJECTS
 from pipelines.data.frames import decode_frames
 from pipelines.data.media_write import decode_flac
-from pipelines.data.store import CHECKPOINT, Dataset, dataset_manifest, files_manifest, open_files
+from pipelines.data.store import CHECKPOINT, Dataset, files_manifest, open_files
 from pipelines.data.tables import table_from_rows
-from pipelines.data.units import Pool, Unit, run_units
+from pipelines.data.units import Alive, ListedUnits, Pool, Unit, run_units
 from pipelines.errors import InputError, MediaError
 from pipelines.scoring import load_reward, score_clip
 from pipelines.stage import Outcome, StageContext, run_stage, stage_run
@@ -56,12 +57,18 @@ class MeasureWorker:
         self._spec = features.spec
         self._reward = reward
 
-    def process(self, unit: Unit) -> tuple[pa.Table, pa.Table]:
+    def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
         """A row for every clip of the unit, and no rejects."""
         columns = CHEAP if self._reward is None else (*CHEAP, "frames", "audio")
         clips = self._reader.read_unit(unit, columns)
-        rows = [self._row(clips[wanted["clip_id"]]) for wanted in unit.rows]
+        rows = []
+        for wanted in unit.rows:
+            rows.append(self._row(clips[wanted["clip_id"]]))
+            alive()
         return table_from_rows(rows, MEASURES, self._spec), table_from_rows([], REJECTS, self._spec)
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def _row(self, clip: Mapping[str, Any]) -> dict[str, Any]:
         own = {name: clip[name] for name in ("clip_id", "split", "valid_s")}
@@ -124,7 +131,7 @@ def measure(
 
     def body(context: StageContext) -> None:
         run_units(
-            row_group_units(dataset),
+            ListedUnits(tuple(row_group_units(dataset))),
             pool,
             factory=MakeWorker(features=features, reward=reward),
             contract=MEASURES,

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from models.spec import ClipSpec
 from pipelines.data.contracts import FEATURES, REJECTS
 from pipelines.data.decoding import MAX_ATTEMPTS, RETRIED_REASONS, DecodeLimits, Decoder
 from pipelines.data.frames import encode_jpeg
+from pipelines.data.measures import measure_clip
 from pipelines.data.media_write import encode_flac
 from pipelines.data.preprocess_settings import STAGE, PreprocessSettings
 from pipelines.data.sound import wave_of
-from pipelines.data.source import LocalMedia, SourceReader
+from pipelines.data.source import SourceReader
 from pipelines.data.tables import reject_row, table_from_rows
 from pipelines.data.units import Alive, Unit
 from pipelines.data.window import DecodedWindow, FrameGrid, WindowRequest
@@ -52,9 +54,10 @@ class ClipWorker:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def close(self) -> None:
-        """End the decode child and the reading thread."""
+        """End the decode child and the reading thread, and remove what was copied."""
         self._reader.shutdown()
         self._decoder.close()
+        self._sources.close()
 
     def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
         """(features, rejects) of a unit; every row of the unit is in one of them."""
@@ -69,7 +72,7 @@ class ClipWorker:
 
     def _ahead(
         self, rows: Sequence[Mapping[str, Any]]
-    ) -> Iterator[tuple[Mapping[str, Any], Callable[[], tuple[LocalMedia, DecodedWindow]]]]:
+    ) -> Iterator[tuple[Mapping[str, Any], Callable[[], tuple[str, DecodedWindow]]]]:
         """Each row with the call that gives its material; the next row is being read meanwhile."""
         coming = self._reader.submit(self._load, rows[0])
         for index, row in enumerate(rows):
@@ -79,9 +82,10 @@ class ClipWorker:
                 coming = self._reader.submit(self._load, rows[index + 1])
             yield row, current.result
 
-    def _load(self, row: Mapping[str, Any]) -> tuple[LocalMedia, DecodedWindow]:
-        if row["problem"] is not None:
-            raise MediaError(*row["problem"])
+    def _load(self, row: Mapping[str, Any]) -> tuple[str, DecodedWindow]:
+        """sha256 of the source and the window; the sound comes from a file of its own where the row names one."""
+        if row["reason"] is not None:
+            raise MediaError(row["reason"], row["detail"])
         request = WindowRequest(
             start_s=row["start_s"],
             duration_s=self._spec.duration_s,
@@ -90,10 +94,18 @@ class ClipWorker:
             audio_samples=self._spec.num_samples,
             max_pixels=self._settings.max_pixels,
         )
-        with self._sources.open(row["uri"]) as media:
-            return media, self._decoder.decode(media.path, request)
+        if row["sound_uri"] is None:
+            with self._sources.open(row["uri"], row["offset"], row["size_bytes"]) as media:
+                return media.sha256, self._decoder.decode(media.path, request)
+        with self._sources.open(row["uri"], row["offset"], row["size_bytes"]) as media:
+            picture = self._decoder.decode(media.path, replace(request, audio_samples=0))
+            sha256 = media.sha256
+        with self._sources.open(row["sound_uri"], row["sound_offset"], row["sound_size_bytes"]) as media:
+            sound = self._decoder.decode(media.path, replace(request, grids=()))
+            sha256 = hashlib.sha256(f"{sha256} {media.sha256}".encode()).hexdigest()
+        return sha256, replace(sound, frames=picture.frames, valid_s=min(picture.valid_s, sound.valid_s))
 
-    def _make_row(self, row: Mapping[str, Any], media: LocalMedia, window: DecodedWindow) -> dict[str, Any]:
+    def _make_row(self, row: Mapping[str, Any], source_sha256: str, window: DecodedWindow) -> dict[str, Any]:
         wave = wave_of(window, self._spec.sample_rate_hz, self._spec.num_samples)
         frames = dict(zip(self._grids, window.frames, strict=True))
         return {
@@ -104,10 +116,11 @@ class ClipWorker:
             "valid_s": window.valid_s,
             "caption": row["caption"],
             "split": row["split"],
-            "content_hash": content_hash(media.sha256, row["start_s"], self._spec),
+            "content_hash": content_hash(source_sha256, row["start_s"], self._spec),
             "events": shift_events(row["events"], row["start_s"], self._spec.duration_s),
             "frames": [encode_jpeg(frame) for frame in frames[self._frames]],
             "audio": encode_flac(wave, self._spec.sample_rate_hz),
+            "measures": measure_clip(wave, self._spec.sample_rate_hz, frames[self._frames], self._spec.frames_rate_hz),
             **self._encode(frames, row["caption"], wave),
         }
 

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -24,7 +23,6 @@ from pipelines.data.store import Part, encode_part
 from pipelines.errors import ContractError
 
 RECEIPTS = "receipts"
-READING_THREADS = 16
 SUFFIX = ".parquet"
 
 
@@ -93,7 +91,7 @@ def dataset_manifest(folder: Folder, contract: Contract, spec: ClipSpec) -> dict
     found: dict[str, list[dict[str, Any]]] = {"data": [], "rejects": []}
     seen: dict[str, str] = {}
     hashes: list[tuple[str, str]] = []
-    sizes = {sub: folder.list_sizes(sub) for sub in found}
+    sizes = {sub: folder.list_infos(sub) for sub in found}
     for entry in _receipts(folder):
         sub, name = entry["part"]["path"].split("/")
         if sizes[sub].get(name) != entry["part"]["bytes"]:
@@ -135,10 +133,8 @@ def sweep(folder: Folder, content: dict[str, Any]) -> None:
 
 def _receipts(folder: Folder) -> Iterator[dict[str, Any]]:
     """The entries of every done unit's receipt, in the order of their names."""
-    done = sorted(done_units(folder))
-    with ThreadPoolExecutor(READING_THREADS) as threads:
-        for receipt in threads.map(lambda unit_id: folder.read_bytes(f"{RECEIPTS}/{unit_id}.json"), done):
-            yield from json.loads(receipt)
+    for _, receipt in folder.read_many(f"{RECEIPTS}/{unit_id}.json" for unit_id in sorted(done_units(folder))):
+        yield from json.loads(receipt)
 
 
 def _entry(name: str, content: bytes) -> dict[str, Any]:

@@ -321,7 +321,7 @@ SURVEY = Contract(
         Column(
             name="clip_id",
             type=_plain(pa.string()),
-            doc="key: the escaped URI of the file, with `@<offset>` for a member of a tar",
+            doc="key: the escaped address of the file, `<tar>!/<member>` for a member of a tar",
         ),
         Column(name="length_s", type=_plain(pa.float64()), doc="seconds the file holds", nullable=True),
         Column(name="width", type=_plain(pa.int32()), doc="width of the picture, pixels", nullable=True),

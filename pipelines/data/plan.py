@@ -18,6 +18,8 @@ from pipelines.errors import InputError
 
 MAX_MISSING = 0.05
 WINDOW_TOLERANCE_S = 0.001
+CUT_S = 0.125
+"""How exactly a cut is known: a survey looks at 8 pictures a second."""
 WindowChoice = Literal["first", "all", "scenes"]
 PLAN_SCHEMA = pa.schema(
     [
@@ -66,7 +68,8 @@ class FileSurvey:
     length_s: float | None = None
     """Seconds from its start to its end; None: it does not say."""
     cuts_s: tuple[float, ...] = ()
-    """Ascending times of the scene cuts, seconds from its start: each the first picture of a new shot."""
+    """Ascending times of the scene cuts, seconds from its start: each the first looked at picture of a new shot, which
+    begins at most `CUT_S` before it."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ def _starts(start_s: float, end_s: float, clip_s: float, hop_s: float) -> list[f
 def _shots(start_s: float, end_s: float, cuts_s: tuple[float, ...]) -> list[tuple[float, float]]:
     """(start, end) of every shot between two times."""
     inner = [cut for cut in cuts_s if start_s < cut < end_s]
-    return list(zip([start_s, *inner], [*inner, end_s], strict=True))
+    return list(zip([start_s, *inner], [*(cut - CUT_S for cut in inner), end_s], strict=True))
 
 
 def _scene_starts(shots: list[tuple[float, float]], clip_s: float, hop_s: float) -> list[float]:

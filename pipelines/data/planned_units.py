@@ -37,9 +37,10 @@ class PlannedUnits:
 
     def unit(self, index: int) -> Unit:
         """The unit at `index`, read from the plan."""
-        folder = open_folder(self.out)
-        with folder.filesystem.open_input_file(folder.join(_file_name(index // UNITS_PER_FILE))) as file:
-            table = pq.ParquetFile(file).read_row_group(index % UNITS_PER_FILE)
+        table = open_folder(self.out).use_file(
+            _file_name(index // UNITS_PER_FILE),
+            lambda file: pq.ParquetFile(file).read_row_group(index % UNITS_PER_FILE),
+        )
         rows = tuple(dict(row) for row in self.rows_of(table.drop_columns([UNIT_COLUMN])))
         return Unit(unit_id=table[UNIT_COLUMN][0].as_py(), split=table["split"][0].as_py(), rows=rows)
 
@@ -48,18 +49,19 @@ class PlannedUnits:
         return replace(self, names=(), sizes=())
 
 
-def write_plan(out: str, plan: pa.Table, rows_of: Rows) -> PlannedUnits:
-    """Cut a plan into units of at most 64 rows of one split, and write it to `plan/`.
+def write_plan(out: str, plan: pa.Table, rows_of: Rows, *, unit_rows: int = ROW_GROUP_ROWS) -> PlannedUnits:
+    """Cut a plan into units of at most `unit_rows` rows of one split, and write it to `plan/`.
 
     Args:
         out: the artifact's folder.
         plan: sorted by (split, clip_id), both strings.
         rows_of: what a worker gets of it.
+        unit_rows: at most 64, one row group.
 
     Returns the units; the same plan gives the same ones.
     """
     folder = open_folder(out)
-    bounds = list(_bounds(plan["split"]))
+    bounds = list(_bounds(plan["split"], unit_rows))
     names = []
     for number, first in enumerate(range(0, len(bounds), UNITS_PER_FILE)):
         sink = io.BytesIO()
@@ -85,27 +87,31 @@ def find_planned(out: str, clip_ids: Collection[str], rows_of: Rows) -> list[dic
     names = folder.list_names(PLAN)
     if not names:
         raise InputError(f"{folder.uri} has no {PLAN}/: its rows were not made from files; look at what it was made of")
-    wanted = pa.array(sorted(clip_ids), pa.string())
-    found: list[dict[str, Any]] = []
-    for name in names:
-        with folder.filesystem.open_input_file(folder.join(f"{PLAN}/{name}")) as file:
-            content = pq.ParquetFile(file)
-            for group in range(content.num_row_groups):
-                ids = content.read_row_group(group, columns=["clip_id"])["clip_id"]
-                here = pc.is_in(ids, value_set=wanted)  # pyright: ignore[reportAttributeAccessIssue]
-                if pc.any(here).as_py():  # pyright: ignore[reportAttributeAccessIssue]
-                    table = content.read_row_group(group).drop_columns([UNIT_COLUMN])
-                    found += [dict(row) for row in rows_of(table.filter(here))]
-    return found
+    wanted = pa.array(sorted(clip_ids), pa.large_string())
+    tables = [
+        folder.use_file(f"{PLAN}/{name}", lambda file: _rows_with(pq.ParquetFile(file), wanted)) for name in names
+    ]
+    return [dict(row) for table in tables for row in rows_of(table)]
 
 
-def _bounds(splits: pa.ChunkedArray) -> Iterator[tuple[str, int, int, int]]:
+def _rows_with(plan: pq.ParquetFile, clip_ids: pa.Array) -> pa.Table:
+    """The rows of some clips; only ids are read of row groups that have none of them."""
+    found = [plan.schema_arrow.empty_table()]
+    for group in range(plan.num_row_groups):
+        ids = plan.read_row_group(group, columns=["clip_id"])["clip_id"].cast(pa.large_string())
+        here = pc.is_in(ids, value_set=clip_ids)  # pyright: ignore[reportAttributeAccessIssue]
+        if pc.any(here).as_py():  # pyright: ignore[reportAttributeAccessIssue]
+            found.append(plan.read_row_group(group).filter(here))
+    return pa.concat_tables(found).drop_columns([UNIT_COLUMN])
+
+
+def _bounds(splits: pa.ChunkedArray, unit_rows: int) -> Iterator[tuple[str, int, int, int]]:
     """(split, number in the split, first row, row after the last) of every unit."""
     lengths = {entry["values"]: entry["counts"] for entry in splits.value_counts().to_pylist()}
     first = 0
     for split in sorted(lengths):
-        for number, start in enumerate(range(first, first + lengths[split], ROW_GROUP_ROWS)):
-            yield split, number, start, min(start + ROW_GROUP_ROWS, first + lengths[split])
+        for number, start in enumerate(range(first, first + lengths[split], unit_rows)):
+            yield split, number, start, min(start + unit_rows, first + lengths[split])
         first += lengths[split]
 
 

@@ -1,26 +1,29 @@
 """Videos -> features: a manifest becomes a plan of windows, and each window becomes one row or one reject."""
 
-import json
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
+
+import pyarrow as pa
 
 from models.encoders import check_encoders
 from models.pretrained import codec_roles, encoder_roles
 from pipelines.data.clip_worker import ClipWorker
 from pipelines.data.commits import dataset_manifest, sweep
 from pipelines.data.contracts import FEATURES
-from pipelines.data.decoding import DecodeLimits, Decoder
-from pipelines.data.manifest import Entries, plan_windows
+from pipelines.data.entries import Entries
+from pipelines.data.plan import files_to_survey, plan_rows, plan_windows
 from pipelines.data.planned_units import write_plan
 from pipelines.data.preprocess_settings import STAGE, PreprocessSettings
-from pipelines.data.source import SourceReader
 from pipelines.data.store import Dataset
+from pipelines.data.survey import SurveySettings, survey_files
 from pipelines.data.units import Pool, run_units
-from pipelines.errors import InputError, MediaError, Refused
+from pipelines.errors import InputError, Refused
 from pipelines.frozen import FrozenNetworks, open_frozen
 from pipelines.stage import StageContext, run_stage
+
+SURVEY_FOLDER = "survey"
 
 
 def preprocess(
@@ -79,7 +82,7 @@ def _run(
     context: StageContext, *, entries: Entries, settings: PreprocessSettings, frozen: FrozenNetworks, pool: Pool
 ) -> None:
     plan = _plan(context.out, entries, settings, pool)
-    units = write_plan(context.out, plan, plan_rows)
+    units = write_plan(context.out, plan, planned_rows)
     run_units(
         units,
         pool,
@@ -94,6 +97,7 @@ def _run(
         raise RuntimeError(f"{plan.num_rows} windows went in, {content['counts']['in']} came out or were rejected")
     sweep(context.folder, content)
     content["counts"]["repeated"] = entries.num_repeated
+    content["excluded"] = dict(entries.num_excluded)
     content["frozen"] = dict(frozen.sha256)
     made = Dataset(context.folder, {**content, "fingerprint": context.fingerprint}, FEATURES)
     shown = {f"reject/{reason}": count for reason, count in reject_counts(made).items()}
@@ -101,72 +105,31 @@ def _run(
     context.finish(content)
 
 
-def _plan(out: str, entries: Entries, settings: PreprocessSettings, pool: Pool) -> "pa.Table":
-    lengths = measure_lengths(entries, settings, max(pool.num_workers, 1)) if settings.windows == "all" else {}
-    rows = plan_windows(
-        entries.entries,
+def _plan(out: str, entries: Entries, settings: PreprocessSettings, pool: Pool) -> pa.Table:
+    """The windows of all entries; what has to be known of whole files is found out once and kept in `survey/`."""
+    surveyed = {}
+    if settings.windows != "first":
+        surveyed = survey_files(
+            files_to_survey(entries),
+            SurveySettings(
+                scenes=settings.windows == "scenes", max_pixels=settings.max_pixels, timeout_s=settings.timeout_s
+            ),
+            settings.clip_spec,
+            out=f"{out}/{SURVEY_FOLDER}",
+            pool=pool,
+        )
+    return plan_windows(
+        entries,
         clip_s=settings.clip_spec.duration_s,
         windows=settings.windows,
         hop_s=settings.hop_s,
-        length_of=lambda entry: lengths.get(entry.uri),
+        surveyed=surveyed,
     )
-    import pyarrow as pa
-
-    made = []
-    for row in rows:
-        d = row.as_dict()
-        problem = d.pop("problem")
-        d["reason"], d["detail"] = problem if problem else (None, None)
-        d["events"] = None if d["events"] is None else json.dumps(d["events"])
-        d["uri"] = d["uri"].encode("utf-8", "surrogateescape")
-        made.append(d)
-    made.sort(key=lambda d: (d["split"], d["clip_id"]))
-    types = {
-        "clip_id": pa.string(),
-        "split": pa.string(),
-        "uri": pa.binary(),
-        "source": pa.string(),
-        "start_s": pa.float64(),
-        "caption": pa.string(),
-        "events": pa.string(),
-        "reason": pa.string(),
-        "detail": pa.string(),
-    }
-    return pa.Table.from_pylist(made, schema=pa.schema(list(types.items())))
 
 
-def plan_rows(table):
-    for d in table.to_pylist():
-        d["uri"] = d["uri"].decode("utf-8", "surrogateescape")
-        d["events"] = None if d["events"] is None else json.loads(d["events"])
-        reason, detail = d.pop("reason"), d.pop("detail")
-        d["problem"] = None if reason is None else (reason, detail)
-        yield d
-
-
-def measure_lengths(entries: Entries, settings: PreprocessSettings, num_threads: int) -> dict[str, float]:
-    """Seconds that each file holds, from its header; files that do not say, or cannot be opened, are left out."""
-    uris = sorted({entry.uri for entry in entries.entries if entry.problem is None})
-    shares = [uris[i::num_threads] for i in range(num_threads)]
-    with ThreadPoolExecutor(num_threads) as pool:
-        found = pool.map(partial(_measure, settings=settings), shares)
-    return {uri: length for share in found for uri, length in share.items()}
-
-
-def _measure(uris: Sequence[str], settings: PreprocessSettings) -> dict[str, float]:
-    lengths: dict[str, float] = {}
-    sources = SourceReader()
-    with Decoder(DecodeLimits(timeout_s=settings.timeout_s)) as decoder:
-        for uri in uris:
-            try:
-                with sources.open(uri) as media:
-                    length = decoder.probe(media.path, settings.max_pixels).duration_s
-            except MediaError:
-                # The worker that meets this file says why, in a reject.
-                continue
-            if length is not None:
-                lengths[uri] = length
-    return lengths
+def planned_rows(plan: pa.Table) -> Iterator[dict[str, Any]]:
+    """What a worker is told of each row of (a slice of) a plan."""
+    return plan_rows(plan, 0, plan.num_rows)
 
 
 def refuse_rejects(dataset: Dataset, max_reject_rate: float) -> None:

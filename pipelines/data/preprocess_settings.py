@@ -1,9 +1,10 @@
 """What clips are made into: the options of preprocess that both the stage and its workers need."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from models.spec import SPECS, ClipSpec
+from pipelines.data.plan import WindowChoice
 from pipelines.errors import InputError
 
 STAGE = "preprocess"
@@ -17,7 +18,7 @@ class PreprocessSettings:
 
     spec: str
     encoders: str
-    windows: Literal["first", "all"] = "first"
+    windows: WindowChoice = "first"
     hop_s: float | None = None
     max_pixels: int = 4096 * 2304
     timeout_s: float = 60.0
@@ -40,7 +41,7 @@ class PreprocessSettings:
             "spec": self.spec,
             "encoders": self.encoders,
             "windows": self.windows,
-            "hop_s": self.hop_s if self.windows == "all" else None,
+            "hop_s": None if self.windows == "first" else self.hop_s,
             "max_pixels": self.max_pixels,
             "method": METHOD,
         }

@@ -79,20 +79,6 @@ class Folder:
         sizes = self.store.list_sizes(self.join(name) if name else self.path, recursive=recursive)
         return {found: size for found, size in sorted(sizes.items()) if size is not None}
 
-    def list_sizes(self, name: str) -> dict[str, int]:
-        """Size in bytes of each file directly under `name`, by base name, in one listing."""
-        infos = self.filesystem.get_file_info(pafs.FileSelector(self.join(name), allow_not_found=True))
-        return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
-
-    def delete(self, name: str) -> None:
-        """Remove a file, or a folder with all that is in it; what is not there is no error."""
-        path = self.join(name)
-        kind = self.filesystem.get_file_info(path).type
-        if kind == pafs.FileType.Directory:
-            self.filesystem.delete_dir(path)
-        elif kind != pafs.FileType.NotFound:
-            self.filesystem.delete_file(path)
-
     def read_bytes(self, name: str) -> bytes:
         """Whole content of a file.
 

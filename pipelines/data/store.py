@@ -154,8 +154,8 @@ class Dataset:
 
     def read_row_group(self, part: Part, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One row group of one part, only `columns`."""
-        with self.folder.filesystem.open_input_file(self.folder.join(part.path)) as file:
-            return pq.ParquetFile(file).read_row_group(index, columns=_checked(self.contract, columns))
+        names = _checked(self.contract, columns)
+        return self.folder.use_file(part.path, lambda file: pq.ParquetFile(file).read_row_group(index, columns=names))
 
     def iter_row_groups(self, columns: Sequence[str] | None = None, split: str | None = None) -> Iterator[pa.Table]:
         """Row groups in the manifest's order: never more than one in memory."""
@@ -189,8 +189,8 @@ class Dataset:
         """All rejects, sorted by clip."""
         tables = [REJECTS.schema(self.spec).remove_metadata().empty_table()]
         for part in _parts(self.manifest["rejects"]):
-            with self.folder.filesystem.open_input_file(self.folder.join(part.path)) as file:
-                tables.append(pq.ParquetFile(file).read().replace_schema_metadata(None))
+            rejects = self.folder.use_file(part.path, lambda file: pq.ParquetFile(file).read())
+            tables.append(rejects.replace_schema_metadata(None))
         return pa.concat_tables(tables).sort_by("clip_id")
 
 

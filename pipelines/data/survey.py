@@ -5,10 +5,8 @@ and the worker that meets the file later says why. Cuts come from the whole file
 piece, so that memory does not grow with its length.
 """
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,22 +17,26 @@ import pyarrow as pa
 import torch
 
 from models.spec import ClipSpec
+from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import REJECTS, SURVEY
 from pipelines.data.decoding import DecodeLimits, Decoder
-from pipelines.data.manifest import escape
+from pipelines.data.entries import text_of
 from pipelines.data.measures import CUT_PX, CutFinder, shrink
+from pipelines.data.plan import FileSurvey
+from pipelines.data.planned_units import write_plan
 from pipelines.data.source import SourceReader
 from pipelines.data.storage import open_folder
-from pipelines.data.store import Dataset, dataset_manifest
+from pipelines.data.store import Dataset
 from pipelines.data.tables import table_from_rows
-from pipelines.data.units import Pool, Unit, cut_units, run_units
+from pipelines.data.units import Alive, Pool, Unit, run_units
 from pipelines.data.window import FrameGrid, WindowRequest
-from pipelines.devices import own_device
 from pipelines.errors import MediaError
 
 RATE_HZ = 8
 SIZE_PX = 64
 PIECE_S = 60.0
+FILES = "files"
+"""Split of every file: units are cut by split."""
 FILES_PER_UNIT = 16
 """Files committed together: whole films may be among them."""
 
@@ -64,47 +66,36 @@ class SurveySettings:
     """Of one piece of a file."""
 
 
-def file_key(uri: str, offset: int | None = None) -> str:
-    """The key of a file in a survey: its escaped URI, with the place of a tar's member."""
-    return escape(uri) if offset is None else f"{escape(uri)}@{offset}"
-
-
-def survey_units(files: Iterable[Mapping[str, Any]]) -> list[Unit]:
-    """Units of files with at least `uri`, and `offset` and `size_bytes` where they are members of a tar; repeats go."""
-    rows = {}
-    for file in files:
-        key = file_key(file["uri"], file.get("offset"))
-        rows[key] = {"offset": None, "size_bytes": None, **file, "clip_id": key, "split": "files"}
-    return cut_units(rows.values(), size=FILES_PER_UNIT)
-
-
 def survey_files(
-    files: Iterable[Mapping[str, Any]], settings: SurveySettings, spec: ClipSpec, *, out: str, pool: Pool
-) -> dict[str, FileFacts]:
-    """Survey files into the folder `out`, as `run_units` does, and return the facts by `file_key`.
+    files: pa.Table, settings: SurveySettings, spec: ClipSpec, *, out: str, pool: Pool
+) -> dict[str, FileSurvey]:
+    """Survey the files of `plan.files_to_survey` into the folder `out`, and return what is known of each by `source`.
 
     Killed and called again it goes on where it was. The folder belongs to a stage whose fingerprint holds the
     settings; it has no manifest of its own.
     """
-    units = survey_units(files)
-    work = partial(run_units, units, pool, contract=SURVEY, spec=spec, out=out, label="files surveyed")
-    if pool.num_workers == 0 and pool.group is None:
-        with closing(SurveyWorker(settings, spec, own_device())) as worker:
-            work(factory=lambda device: worker)
-    else:
-        work(factory=partial(SurveyWorker, settings, spec))
+    planned = files.rename_columns({"source": "clip_id"}).append_column("split", pa.repeat(FILES, files.num_rows))
+    run_units(
+        write_plan(out, planned, _rows_of, unit_rows=FILES_PER_UNIT),
+        pool,
+        factory=partial(SurveyWorker, settings, spec),
+        contract=SURVEY,
+        spec=spec,
+        out=out,
+        label="files surveyed",
+    )
     folder = open_folder(out)
     content = dataset_manifest(folder, SURVEY, spec)
-    table = Dataset(folder, {**content, "fingerprint": ""}, SURVEY).read()
+    table = Dataset(folder, {**content, "fingerprint": ""}, SURVEY).read(["clip_id", "length_s", "cuts_s"])
     return {
-        row["clip_id"]: FileFacts(
-            length_s=row["length_s"],
-            width=row["width"],
-            height=row["height"],
-            cuts_s=None if row["cuts_s"] is None else tuple(row["cuts_s"]),
-        )
-        for row in table.to_pylist()
+        clip_id: FileSurvey(length_s=length_s, cuts_s=tuple(cuts_s or ()))
+        for clip_id, length_s, cuts_s in zip(*(column.to_pylist() for column in table.columns), strict=True)
     }
+
+
+def _rows_of(plan: pa.Table) -> Iterator[dict[str, Any]]:
+    for row in plan.to_pylist():
+        yield {**row, "uri": text_of(row["uri"])}
 
 
 class SurveyWorker:
@@ -119,18 +110,22 @@ class SurveyWorker:
 
     def close(self) -> None:
         """End the decode child."""
+        self._sources.close()
         self._decoder.close()
 
-    def process(self, unit: Unit) -> tuple[pa.Table, pa.Table]:
+    def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
         """A row for every file of the unit, and no rejects."""
-        rows = [{"clip_id": row["clip_id"], **vars(self.facts(row))} for row in unit.rows]
+        rows = []
+        for row in unit.rows:
+            rows.append({"clip_id": row["clip_id"], **vars(self.facts(row, alive))})
+            alive()
         return table_from_rows(rows, SURVEY, self._spec), table_from_rows([], REJECTS, self._spec)
 
-    def facts(self, row: Mapping[str, Any]) -> FileFacts:
+    def facts(self, row: Mapping[str, Any], alive: Alive) -> FileFacts:
         """What can be told of one file."""
         facts = NOTHING
         try:
-            with self._sources.open(row["uri"]) as media:
+            with self._sources.open(row["uri"], row["offset"], row["size_bytes"]) as media:
                 info = self._decoder.probe(media.path, self._settings.max_pixels)
                 facts = FileFacts(
                     length_s=info.duration_s,
@@ -139,17 +134,18 @@ class SurveyWorker:
                     cuts_s=None,
                 )
                 if self._settings.scenes and info.has_video:
-                    facts = replace(facts, cuts_s=self._cuts(media.path, info.duration_s))
+                    facts = replace(facts, cuts_s=self._cuts(media.path, info.duration_s, alive))
         except MediaError:
             # What was found until here stands.
             return facts
         return facts
 
-    def _cuts(self, path: Path, length_s: float | None) -> tuple[float, ...] | None:
+    def _cuts(self, path: Path, length_s: float | None, alive: Alive) -> tuple[float, ...] | None:
         """Cuts of a whole file; None where none of its picture can be decoded, or where it kills the decoder."""
         cuts: list[float] = []
         finder, offset_s, decoded = CutFinder(RATE_HZ), 0.0, False
         for start_s, piece in self._pieces(path, length_s):
+            alive()
             if piece is None:
                 # What follows damage is not compared with what went before it.
                 finder, offset_s = CutFinder(RATE_HZ), start_s + PIECE_S
@@ -193,18 +189,3 @@ def _request(start_s: float, max_pixels: int) -> WindowRequest:
         max_pixels=max_pixels,
         max_missing=1.0,
     )
-
-
-def scene_starts(cuts_s: Sequence[float], *, start_s: float, end_s: float, clip_s: float, hop_s: float) -> list[float]:
-    """Starts of the windows of `clip_s` that hold no cut: in every scene at multiples of `hop_s` from its beginning.
-
-    A cut is known to a frame of the survey, so a scene begins with the first sampled frame that shows it, and ends a
-    frame before the next one does.
-    """
-    starts: list[float] = []
-    edges = [start_s, *(cut for cut in cuts_s if start_s < cut < end_s), end_s]
-    for number, (begin, end) in enumerate(itertools.pairwise(edges)):
-        usable = end if number == len(edges) - 2 else end - 1 / RATE_HZ
-        count = math.floor((usable - begin - clip_s + 0.001) / hop_s) + 1
-        starts += [begin + k * hop_s for k in range(max(count, 0))]
-    return starts

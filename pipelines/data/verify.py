@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipelines.data.clip_worker import ClipWorker
 from pipelines.data.contracts import FEATURES, Contract
 from pipelines.data.planned_units import find_planned
-from pipelines.data.preprocess import find_networks, plan_rows
+from pipelines.data.preprocess import find_networks, planned_rows
 from pipelines.data.preprocess_settings import METHOD, STAGE, PreprocessSettings
 from pipelines.data.storage import Folder, open_folder
 from pipelines.data.store import MANIFEST, Dataset, read_manifest
@@ -87,7 +87,7 @@ def check_rows(location: str, *, count: int, seed: int, weights: str | None = No
     worker = ClipWorker(settings, frozen, own_device())
     try:
         checks = []
-        for planned in sorted(find_planned(location, drawn, plan_rows), key=lambda row: row["clip_id"]):
+        for planned in sorted(find_planned(location, drawn, planned_rows), key=lambda row: row["clip_id"]):
             unit = Unit(unit_id=planned["clip_id"], split=planned["split"], rows=(planned,))
             made, rejects = worker.process(unit, lambda: None)
             old = stored.slice(drawn.index(planned["clip_id"]), 1)
@@ -137,9 +137,9 @@ def column_differences(old: pa.Table, new: pa.Table, contract: Contract) -> dict
             if before.to_pylist() != after.to_pylist():
                 differing[column.name] = None
             continue
-        pair = [column_to_numpy(values).astype(np.float64) for values in (before, after)]
-        if not np.array_equal(*pair):
-            differing[column.name] = float(np.abs(pair[0] - pair[1]).max() / max(np.abs(pair[0]).max(), 1e-12))
+        was, now = (column_to_numpy(values).astype(np.float64) for values in (before, after))
+        if not np.array_equal(was, now):
+            differing[column.name] = float(np.abs(was - now).max() / max(np.abs(was).max(), 1e-12))
     return differing
 
 

@@ -1,12 +1,7 @@
 """Object storage that fails, disks that are full, and files that were tampered with: retried, or a clean stop."""
 
-import csv
 import hashlib
-import os
-import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data import object_store, storage_faults
-from pipelines.data.contracts import FEATURES
+from pipelines.data import storage_faults
 from pipelines.data.source import SourceReader
-from pipelines.data.storage import Folder, open_folder
-from pipelines.data.store import Dataset
-from pipelines.errors import ContractError, EnvironmentFailed, InputError, MediaError
-from tests.pipelines.clip_factory import simple_clip
-from tests.storage_servers import BUCKET, ERRORS, FOR_EVER, Faults, broken_s3, environment, s3, s3_address
+from pipelines.data.storage import open_folder
+from pipelines.errors import EnvironmentFailed, InputError, MediaError
+from tests.storage_servers import ERRORS, FOR_EVER, Faults, broken_s3, s3, s3_address
 
 __all__ = ["broken_s3", "s3", "s3_address"]
 ROOT = Path(__file__).resolve().parents[2]
