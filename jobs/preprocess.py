@@ -82,9 +82,7 @@ def main(options: Options) -> int:
         print(f"preprocess: {name}_excluded: {'unknown' if count is None else count}")
     if entries.num_missing:
         first = ", ".join(entries.missing_names())
-        print(
-            f"preprocess: {entries.num_missing} listed clips are not there ({first} ...); they become rejects, `missing`"
-        )
+        print(f"preprocess: {entries.num_missing} listed clips are not there ({first} ...); rejects, reason `missing`")
     settings = PreprocessSettings(
         spec=options.spec,
         encoders=options.encoders,

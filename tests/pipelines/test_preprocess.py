@@ -214,3 +214,29 @@ def test_the_number_of_workers_does_not_change_the_digest(tmp_path: Path, ray_cl
     assert alone.num_rows() == 9
     assert make(tmp_path, manifest, "pool", num_workers=2).digest == alone.digest
     assert Dataset.open(str(tmp_path / "pool"), FEATURES).splits == {"test": 3, "train": 3, "val": 3}
+
+
+def test_windows_of_scenes_keep_clear_of_every_cut(tmp_path: Path) -> None:
+    pictures = [np.full((64, 64, 3), level, np.uint8) for level in (30, 220) for _ in range(16 * 6)]
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 20, (len(pictures), 64, 64, 3), np.uint8)
+    frames = [picture + extra for picture, extra in zip(pictures, noise, strict=True)]
+    write_clip(tmp_path / "two.mp4", frames, tone(12.0, 16_000), rate_hz=16_000, frame_rate=16)
+    made = make(tmp_path, "video\ntwo.mp4\n", windows="scenes", hop_s=2.5)
+    starts = made.read(["start_s"])["start_s"].to_pylist()
+    assert sorted(starts) == [0.0, 2.5, 6.0, 8.5]
+    assert {entry["num_cuts"] for entry in made.read(["measures"])["measures"].to_pylist()} == {0}
+
+
+def test_the_sound_of_a_sibling_file_is_taken(tmp_path: Path) -> None:
+    from pipelines.data.ingest import Sources, gather_entries
+    from pipelines.data.media_write import wav_bytes
+
+    simple_clip(tmp_path / "a.mp4")
+    (tmp_path / "a.wav").write_bytes(wav_bytes(tone(2.5, 16_000, 1000.0)[0], 16_000))
+    (tmp_path / "ids.txt").write_text("a\n")
+    entries = gather_entries(Sources(manifest=str(tmp_path / "ids.txt"), videos=str(tmp_path)))
+    made = preprocess(entries, TINY, out=str(tmp_path / "out"), pool=HERE)
+    wave = decode_flac(made.read(["audio"])["audio"][0].as_py())
+    spectrum = np.abs(np.fft.rfft(wave))
+    assert np.argmax(spectrum) * 16_000 / len(wave) == pytest.approx(1000.0, abs=1.0)
