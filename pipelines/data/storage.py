@@ -1,35 +1,47 @@
-"""A folder on any storage: local disk, NFS or S3, through pyarrow filesystems.
+"""A folder on any storage: local disk, NFS, or S3 (`s3://bucket/key`).
 
-Local writes go to a temporary name in the same folder, are flushed and renamed, so a name exists only when its content
-is whole; on an object store one put has the same effect.
+A name exists only when its content is whole, on every storage. Failures are told apart, retried and worded in one
+place (`storage_faults`): what a caller sees is FileNotFoundError, FileExistsError, InputError or EnvironmentFailed.
 """
 
 import hashlib
-import os
-import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipelines.errors import EnvironmentFailed, InputError
+from pipelines.data.local_files import LocalFiles
+from pipelines.data.object_store import ObjectStore
+from pipelines.errors import InputError
 
-TEMPORARY_SUFFIX = ".tmp"
-PIECE_BYTES = 1 << 24
+S3 = "s3://"
+READ_THREADS = 16
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """One folder of one filesystem; all names given to its methods are relative to it."""
+    """One folder of one storage; all names given to its methods are relative to it."""
 
-    filesystem: pafs.FileSystem
+    store: LocalFiles | ObjectStore
     path: str
+    """Absolute path, or `bucket/key`."""
     uri: str
 
     @property
     def is_local(self) -> bool:
         """Whether it lies on a mounted filesystem (renames and appends work)."""
-        return isinstance(self.filesystem, pafs.LocalFileSystem)
+        return isinstance(self.store, LocalFiles)
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        """pyarrow's view of the storage; prefer `use_file`, which retries."""
+        return self.store.filesystem_of(self.path)
 
     def join(self, name: str) -> str:
         """Path inside the filesystem of `name`; refuses names that leave the folder."""
@@ -46,84 +58,106 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """Whether a file or a folder of that name is there."""
-        return self.filesystem.get_file_info(self.join(name)).type != pafs.FileType.NotFound
+        return self.store.exists(self.join(name))
 
     def size_bytes(self, name: str) -> int | None:
         """Size of a file, None when it is not there."""
-        info = self.filesystem.get_file_info(self.join(name))
-        return info.size if info.type == pafs.FileType.File else None
+        return self.store.size_bytes(self.join(name))
 
     def list_names(self, name: str = "") -> list[str]:
-        """Sorted base names directly under `name` (default: the folder itself); empty when it is not there."""
-        base = self.join(name) if name else self.path
-        infos = self.filesystem.get_file_info(pafs.FileSelector(base, allow_not_found=True))
-        return sorted(info.base_name for info in infos)
+        """Sorted base names of files and folders directly under `name` (default: the folder itself).
+
+        Empty when it is not there; temporary files of writers are left out.
+        """
+        return sorted(self.store.list_sizes(self.join(name) if name else self.path, recursive=False))
+
+    def list_infos(self, name: str = "", *, recursive: bool = False) -> dict[str, int]:
+        """Name relative to `name` -> size in bytes of every file under it, sorted; one listing for all of them.
+
+        With `recursive` also the files of the folders below, whose names then hold slashes.
+        """
+        sizes = self.store.list_sizes(self.join(name) if name else self.path, recursive=recursive)
+        return {found: size for found, size in sorted(sizes.items()) if size is not None}
 
     def read_bytes(self, name: str) -> bytes:
-        """Whole content of a file."""
-        with self.filesystem.open_input_stream(self.join(name)) as stream:
-            return stream.read()
+        """Whole content of a file.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        return self.store.use_pieces(self.join(name), b"".join)
+
+    def read_many(self, names: Iterable[str], threads: int = READ_THREADS) -> Iterator[tuple[str, bytes]]:
+        """(name, content) of many small files, in the order given, read side by side.
+
+        Raises:
+            FileNotFoundError: one is not there.
+        """
+        asked = list(names)
+        with ThreadPoolExecutor(threads, thread_name_prefix="read-many") as pool:
+            yield from zip(asked, pool.map(self.read_bytes, asked), strict=True)
 
     def sha256(self, name: str) -> str:
         """Hash of a file, read in pieces: a checkpoint may be larger than what is left of the memory."""
-        found = hashlib.sha256()
-        with self.filesystem.open_input_stream(self.join(name)) as stream:
-            while piece := stream.read(PIECE_BYTES):
+
+        def hash_of(pieces: Iterator[bytes]) -> str:
+            found = hashlib.sha256()
+            for piece in pieces:
                 found.update(piece)
-        return found.hexdigest()
+            return found.hexdigest()
+
+        return self.store.use_pieces(self.join(name), hash_of)
+
+    def use_file(self, name: str, use: Callable[[pa.NativeFile], T]) -> T:
+        """What `use` makes of a file open for reading at random places, such as Parquet.
+
+        On an object store `use` is called again, with the file opened anew, when a read fails on the way.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        return self.store.use_file(self.join(name), use)
 
     def write_bytes(self, name: str, content: bytes, *, only_if_absent: bool = False) -> None:
         """Write a file that becomes visible only when complete.
 
         Raises:
-            FileExistsError: `only_if_absent` and the name is taken.
-            EnvironmentFailed: the disk is full, read-only or gone.
+            FileExistsError: `only_if_absent` and the name is taken; of many writers exactly one gets through.
+            InputError: storage refuses (permissions, no such bucket).
+            EnvironmentFailed: the disk is full, read-only or gone, or storage still fails after retries.
         """
-        path = self.join(name)
-        try:
-            self.filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-            if self.is_local:
-                _write_local(Path(path), content, only_if_absent)
-                return
-            if only_if_absent and self.exists(name):
-                raise FileExistsError(path)
-            with self.filesystem.open_output_stream(path) as stream:
-                stream.write(content)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            raise EnvironmentFailed(
-                f"cannot write {path}: {error}; free or mount the storage and run the same command again"
-            ) from error
+        self.store.write(self.join(name), content, only_if_absent=only_if_absent)
 
+    def delete(self, name: str) -> None:
+        """Delete a file; none is no error."""
+        self.store.delete(self.join(name))
 
-def _write_local(path: Path, content: bytes, only_if_absent: bool) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if only_if_absent:
-            os.link(temporary, path)
-        else:
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    def remove_temporaries(self, name: str = "") -> int:
+        """Delete what killed writers left half written directly under `name`; how many files that were.
+
+        For the only writer of a folder, before it starts: it takes the files of living writers too.
+        """
+        return self.store.remove_temporaries(self.join(name) if name else self.path)
 
 
 def open_folder(location: str | Path) -> Folder:
     """A folder from an absolute or relative path or a URI (`s3://bucket/key`); nothing is created.
 
     Raises:
-        InputError: the URI's scheme is not supported.
+        InputError: the URI's scheme is not supported, or it says more than bucket and key.
     """
     text = str(location)
     if "://" not in text:
         path = str(Path(text).absolute())
-        return Folder(pafs.LocalFileSystem(), path, path)
-    try:
-        filesystem, path = pafs.FileSystem.from_uri(text)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot open '{text}': {error}; use a path or an s3:// URI") from error
-    return Folder(filesystem, path.rstrip("/"), text.rstrip("/"))
+        return Folder(LocalFiles(), path, path)
+    bucket, _, key = text.removeprefix(S3).partition("/")
+    if not text.startswith(S3) or not bucket:
+        raise InputError(f"cannot open '{text}'; use a path or an s3://bucket/key URI")
+    if "@" in bucket or "?" in text:
+        # Not repeated: what stands before the @ may be a key.
+        raise InputError(
+            "an s3:// URI holds bucket and key alone; give credentials, endpoint and region by the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, AWS_REGION)"
+        )
+    path = f"{bucket}/{key.strip('/')}".rstrip("/")
+    return Folder(ObjectStore(), path, S3 + path)
