@@ -48,7 +48,6 @@ ENTRY_SCHEMA = pa.schema(
         pa.field("detail", pa.large_string()),
     ]
 )
-_IDENTITY = ["uri", "offset", "start_s", "duration_s"]
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SAID = ("video", "start_s", "duration_s", "caption", "split", "events", "reason")
 
@@ -171,11 +170,11 @@ class EntryBuilder:
             raise InputError(f"{location} names no media file")
         table = pa.Table.from_batches(self._batches, ENTRY_SCHEMA)
         self._batches = []
-        keyed = table.select(_IDENTITY).append_column("row", pa.array(np.arange(table.num_rows)))
-        first = keyed.group_by(_IDENTITY).aggregate([("row", "min")])["row_min"].to_numpy()
-        if len(first) < table.num_rows:
-            table = table.take(pa.array(np.sort(first)))
-        return Entries(table=table, num_repeated=len(keyed) - len(first), kind=kind)
+        first = _first_of_each(table)
+        num_repeated = table.num_rows - len(first)
+        return Entries(
+            table=table.take(pa.array(first)) if num_repeated else table, num_repeated=num_repeated, kind=kind
+        )
 
     def _flush(self) -> None:
         if self._rows:
@@ -186,6 +185,27 @@ class EntryBuilder:
             ]
             self._batches.append(pa.RecordBatch.from_arrays(arrays, schema=ENTRY_SCHEMA))
             self._rows = []
+
+
+def file_codes(table: pa.Table) -> np.ndarray:
+    """int64 [rows]: a number for every file of a table with `uri` and `offset`; each member of a tar is one."""
+    encoded = table["uri"].dictionary_encode().unify_dictionaries()
+    codes = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks]).astype(np.int64)
+    if table["offset"].null_count == table.num_rows:
+        return codes
+    offsets = table["offset"].fill_null(-1).to_numpy()
+    return np.unique(np.stack([codes, offsets]), axis=1, return_inverse=True)[1].reshape(-1)
+
+
+def _first_of_each(table: pa.Table) -> np.ndarray:
+    """Ascending indices of the rows that are not repeats of (file, start, duration)."""
+    codes = file_codes(table)
+    # Numbers and not the names: grouping by names would hold all of them once more.
+    if len(np.unique(codes)) == len(codes):
+        return np.arange(len(codes))
+    keys = {"file": pa.array(codes), "start_s": table["start_s"], "duration_s": table["duration_s"]}
+    rows = pa.table({**keys, "row": pa.array(np.arange(len(codes)))})
+    return np.sort(rows.group_by(list(keys)).aggregate([("row", "min")])["row_min"].to_numpy())
 
 
 def name_bytes(name: str) -> bytes:

@@ -67,7 +67,7 @@ def read_entries(
         InputError: it is not there, cannot be parsed (with the line), is empty, or lacks `videos`.
     """
     with local_copy(location, "manifest") as path:
-        if suffix_of(location.partition("?")[0]) == ".parquet":
+        if suffix_of(location) == ".parquet":
             _refuse_videos(location, videos)
             return read_parquet_manifest(path, location, base=_folder_of(location), default_split=default_split)
         kind, delimiter = sniff(path, location)
@@ -92,5 +92,4 @@ def _folder_of(location: str) -> str:
     """The folder that a manifest's relative paths start from."""
     if "://" not in location:
         return str(Path(location).absolute().parent)
-    place, mark, options = location.partition("?")
-    return place.rpartition("/")[0] + mark + options
+    return location.rpartition("/")[0]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from pipelines.data.corpus_lists import ListedClip, ListFormat, keys_of
 from pipelines.data.entries import Entries, EntryBuilder, FoundFile, Piece
 from pipelines.data.media_folder import list_files
-from pipelines.data.names import MEDIA_SUFFIXES, SOUND_SUFFIXES, child_uri, clip_key, escape, start_padded, suffix_of
+from pipelines.data.names import MEDIA_SUFFIXES, SOUND_SUFFIXES, clip_key, escape, start_padded, suffix_of
 from pipelines.data.storage import open_folder
 from pipelines.errors import InputError
 
@@ -79,7 +79,7 @@ def locate(
         if match is None:
             name = f"{clip.stems[0]}.mp4"
             gone = ("missing", "no file of this stem in the folder of the videos")
-            piece = Piece(child_uri(base, name))
+            piece = Piece(f"{base}/{name}")
             builder.add(line=clip.line, video=name, piece=piece, caption=clip.caption, split=split, problem=gone)
             continue
         builder.add(

@@ -5,13 +5,11 @@ import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import pyarrow.fs as pafs
-
 from pipelines.data.entries import Entries, EntryBuilder, FoundFile, Piece
-from pipelines.data.names import MEDIA_SUFFIXES, child_uri, suffix_of
-from pipelines.data.storage import Folder, open_folder
+from pipelines.data.names import MEDIA_SUFFIXES, suffix_of
+from pipelines.data.storage import open_folder
 from pipelines.data.webdataset import COMPRESSED_SUFFIXES, TAR_SUFFIX, add_tars, refuse_compressed
-from pipelines.errors import EnvironmentFailed, InputError
+from pipelines.errors import InputError
 
 KIND = "folder"
 
@@ -27,17 +25,14 @@ def list_videos(location: str, *, follow: bool = False, default_split: str = "tr
     Raises:
         InputError: no such folder or tar, or no media file in it.
     """
-    place = location.partition("?")[0] if "://" in location else str(Path(location).absolute())
+    place = location.rstrip("/") if "://" in location else str(Path(location).absolute())
     builder = EntryBuilder()
     if suffix_of(place) in (TAR_SUFFIX, *COMPRESSED_SUFFIXES) and not Path(place).is_dir():
         parent, _, name = place.rpartition("/")
-        tar = FoundFile(name, place, None)
         refuse_compressed([name])
-        if "://" not in place and not Path(place).is_file():
+        if open_folder(parent).size_bytes(name) is None:
             raise InputError(f"--videos {location} does not exist or is not a file")
-        add_tars(
-            builder, open_folder(parent + location[len(place) :] if "://" in location else parent), [tar], default_split
-        )
+        add_tars(builder, open_folder(parent), [FoundFile(name, place, None)], default_split)
         return builder.finish(kind=KIND, location=location)
     found = list(list_files(location, MEDIA_SUFFIXES | COMPRESSED_SUFFIXES | {TAR_SUFFIX}, follow=follow))
     tars = [file for file in found if suffix_of(file.name) == TAR_SUFFIX]
@@ -57,13 +52,13 @@ def list_files(location: str, suffixes: Collection[str], *, follow: bool = False
 
     Raises:
         InputError: there is no such folder, or it cannot be read.
-        EnvironmentFailed: the storage fails.
+        EnvironmentFailed: storage fails after retries.
     """
     folder = open_folder(location)
     if not folder.is_local:
-        for name in _list_objects(folder):
+        for name in folder.list_infos(recursive=True):
             if suffix_of(name) in suffixes:
-                yield FoundFile(name, child_uri(folder.uri, name), None)
+                yield FoundFile(name, f"{folder.uri}/{name}", None)
         return
     root = Path(folder.path)
     if not root.is_dir():
@@ -72,17 +67,6 @@ def list_files(location: str, suffixes: Collection[str], *, follow: bool = False
     for name, is_plain in _walk(str(root), suffixes, follow):
         path = f"{root}/{name}"
         yield FoundFile(name, path, None if is_plain else _problem(path, real_root, follow))
-
-
-def _list_objects(folder: Folder) -> list[str]:
-    """Names of all objects under a folder of an object store, sorted."""
-    try:
-        infos = folder.filesystem.get_file_info(pafs.FileSelector(folder.path, recursive=True, allow_not_found=True))
-    except (FileNotFoundError, PermissionError) as error:
-        raise InputError(f"--videos {folder.uri}: {error}; check the bucket and the credentials") from error
-    except OSError as error:
-        raise EnvironmentFailed(f"--videos {folder.uri}: {error}; run the same command again") from error
-    return sorted(i.path[len(folder.path) + 1 :] for i in infos if i.type == pafs.FileType.File)
 
 
 def _walk(root: str, suffixes: Collection[str], follow: bool) -> Iterator[tuple[str, bool]]:

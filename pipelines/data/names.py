@@ -7,16 +7,15 @@ Arrow columns hold them as the bytes they are.
 import os
 import re
 import unicodedata
-from urllib.parse import quote
 
 MEDIA_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})
 SOUND_SUFFIXES = frozenset({".wav", ".flac"})
-STORAGE_SCHEMES = frozenset({"s3", "gs", "gcs", "hdfs", "abfs", "abfss"})
+MAX_KEY_BYTES = 1024
+"""Of an object's name on S3."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|subfile,")
 _UNUSUAL = re.compile(r"\A/|\A[A-Za-z][A-Za-z0-9+.-]*:|\Asubfile,|\0|//|(?:\A|/)\.{1,2}(?:/|\Z)|/\Z")
 _CUT_OUT = re.compile(r"(.{11})_([0-9]+)", re.DOTALL)
-# What a URI may hold as it stands; `?` would begin options, `#` would cut the name short.
-_URI_SAFE = "/!$&'()*+,;=:@~"
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 
 def escape(text: str) -> str:
@@ -58,27 +57,16 @@ def start_padded(key: str) -> str:
     return f"{match[1]}_{int(match[2]):06d}" if match else key
 
 
-def child_uri(base: str, name: str) -> str:
-    """Path or URI of `name` under the folder `base`; in a URI what the name cannot hold plainly is percent-encoded.
-
-    Options of the base (`?...`, the operator's own) stay at the end.
-    """
-    if "://" not in base:
-        return f"{base}/{name}"
-    place, mark, options = base.partition("?")
-    return f"{place.rstrip('/')}/{quote(name, safe=_URI_SAFE, errors='surrogateescape')}{mark}{options}"
-
-
 def resolve(video: str, base: str) -> tuple[str, tuple[str, str] | None]:
     """(path or URI to open, why it must not be opened) of a manifest's `video`; `base` is the manifest's folder."""
     if not _UNUSUAL.search(video):
-        return child_uri(base, video), None
-    scheme, separator, _ = video.partition("://")
-    if separator and scheme.lower() in STORAGE_SCHEMES:
-        return _stored(video)
-    problem: str | None = None
-    if separator or _SCHEME.match(video):
-        problem = f"only paths under the manifest's folder and {', '.join(sorted(STORAGE_SCHEMES))} URIs are opened"
+        return f"{base}/{video}", None
+    if video.startswith("s3://"):
+        problem = _object_problem(video)
+        return video, None if problem is None else ("bad_uri", problem)
+    problem = None
+    if "://" in video or _SCHEME.match(video):
+        problem = "only paths under the manifest's folder and s3:// URIs are opened"
     elif "\0" in video:
         problem = "a path cannot hold a NUL"
     elif video.startswith("/"):
@@ -89,21 +77,17 @@ def resolve(video: str, base: str) -> tuple[str, tuple[str, str] | None]:
         problem = "the manifest's own folder"
     if problem is not None:
         return video, ("bad_uri", problem)
-    return child_uri(base, os.path.normpath(video)), None
+    return f"{base}/{os.path.normpath(video)}", None
 
 
-def _stored(uri: str) -> tuple[str, tuple[str, str] | None]:
-    """An object's URI made fit to be opened. Its options could name another server, and credentials, so it has none."""
-    place = uri.partition("://")[2]
-    problem: str | None = None
-    if "?" in uri:
-        problem = "a URI of a manifest takes no options (?...); a key's question mark is written %3F"
-    elif "@" in place.partition("/")[0]:
-        problem = "credentials do not belong into a manifest"
-    elif "\0" in uri or any("\udc80" <= c <= "\udcff" for c in uri):
-        problem = "the key of an object is UTF-8 without NUL"
-    if problem is not None:
-        return uri, ("bad_uri", problem)
-    # Blanks, `#` and letters beyond ASCII are written plainly by people; `%20` stays what it is.
-    plain = re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", uri)
-    return quote(plain, safe=_URI_SAFE + "%"), None
+def _object_problem(uri: str) -> str | None:
+    """Why an s3:// URI names no object. What the store itself would refuse would end the job and not the clip."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        # Credentials before an @ too: they do not belong into a manifest.
+        return "that is no bucket's name"
+    if not key or "\0" in key or len(key.encode("utf-8", "surrogateescape")) > MAX_KEY_BYTES:
+        return f"an object's key has 1 to {MAX_KEY_BYTES} bytes without NUL"
+    if any("\udc80" <= c <= "\udcff" for c in key):
+        return "an object's key is UTF-8"
+    return None

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.entries import BATCH_ROWS, Entries, decode_events, text_of
+from pipelines.data.entries import BATCH_ROWS, Entries, decode_events, file_codes, text_of
 from pipelines.data.names import clip_key, escape
 from pipelines.errors import InputError
 
@@ -239,11 +239,7 @@ def _scene_starts(shots: list[tuple[float, float]], clip_s: float, hop_s: float)
 
 def _keys(table: pa.Table, planned: _Windows) -> pa.ChunkedArray:
     """The key of every window: the stem, and the start in ms where the file gives more than one window."""
-    files = table["uri"].combine_chunks().dictionary_encode().indices.to_numpy()
-    if table["offset"].null_count < table.num_rows:
-        # Members of one tar are files of their own.
-        offsets = table["offset"].fill_null(-1).to_numpy()
-        files = np.unique(np.stack([files, offsets]), axis=1, return_inverse=True)[1].reshape(-1)
+    files = file_codes(table)
     windows_of = np.bincount(files[planned.rows])
     found = []
     for begin in range(0, len(planned.rows), BATCH_ROWS):

@@ -18,6 +18,7 @@ from typing import NoReturn, TypeVar
 import botocore.exceptions as aws
 import botocore.parsers
 import tenacity
+import urllib3.exceptions
 
 from pipelines.errors import EnvironmentFailed, InputError, MediaError, PipelineError
 
@@ -57,6 +58,8 @@ _TRANSIENT_STATUS = frozenset({408, 429})
 _TRANSIENT_AWS = (
     *(aws.HTTPClientError, aws.ConnectionError, aws.IncompleteReadError, aws.ChecksumError, aws.FlexibleChecksumError),
     *(aws.CredentialRetrievalError, aws.MetadataRetrievalError, botocore.parsers.ResponseParserError),
+    # Some of what breaks in the middle of a body reaches us as it is.
+    *(urllib3.exceptions.HTTPError, ConnectionError, TimeoutError),
 )
 _ARROW_ERROR = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))?")
 _ARROW_REFUSED = frozenset(

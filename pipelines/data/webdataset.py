@@ -88,7 +88,7 @@ def add_tars(builder: EntryBuilder, folder: Folder, tars: Sequence[FoundFile], d
 
     Raises:
         InputError: a tar is compressed.
-        EnvironmentFailed: the storage fails.
+        EnvironmentFailed: storage fails after retries.
     """
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for rows in pool.map(lambda tar: list(_tar_rows(folder, tar, default_split)), tars):
@@ -100,11 +100,7 @@ def _tar_rows(folder: Folder, tar: FoundFile, default_split: str) -> Iterator[di
     """Arguments of `EntryBuilder.add` for every media member of a tar, and for what is lost of it."""
     scan = _Scan(problem=tar.problem)
     if tar.problem is None:
-        try:
-            with _open(folder, tar.name) as file:
-                scan = _scan(file, tar.name)
-        except OSError as error:
-            raise EnvironmentFailed(f"{tar.uri}: {error}; run the same command again") from error
+        scan = _scan_tar(folder, tar.name)
     for member in scan.media.values():
         yield {
             "line": 0,
@@ -125,11 +121,17 @@ def _tar_rows(folder: Folder, tar: FoundFile, default_split: str) -> Iterator[di
         }
 
 
-def _open(folder: Folder, name: str) -> _HeaderReader:
-    if folder.is_local:
-        # Python's own: Arrow cannot say a name that is not UTF-8.
-        return _HeaderReader(io.FileIO(f"{folder.path}/{name}"), BUFFER_BYTES)
-    return _HeaderReader(folder.filesystem.open_input_file(folder.join(name)), BUFFER_BYTES)  # pyright: ignore[reportArgumentType]
+def _scan_tar(folder: Folder, name: str) -> _Scan:
+    try:
+        if folder.is_local:
+            # Python's own file: Arrow cannot say a name that is not UTF-8.
+            with _HeaderReader(io.FileIO(f"{folder.path}/{name}"), BUFFER_BYTES) as file:
+                return _scan(file, name)
+        return folder.use_file(name, lambda file: _scan(_HeaderReader(file, BUFFER_BYTES), name))  # pyright: ignore[reportArgumentType]
+    except FileNotFoundError:
+        return _Scan(problem=("missing", "the tar is gone"))
+    except OSError as error:
+        raise EnvironmentFailed(f"{folder.uri}/{name}: {error}; run the same command again") from error
 
 
 def _scan(file: _HeaderReader, name: str) -> _Scan:
