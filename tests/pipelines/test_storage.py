@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import hashlib
-import multiprocessing
 import os
 import threading
 from collections.abc import Callable
@@ -99,17 +98,6 @@ def test_of_many_threads_that_write_one_name_exactly_one_wins(folder: Folder) ->
         winners = [writer for writer in range(6) if won[writer][index]]
         assert len(winners) == 1
         assert folder.read_bytes(name) == f"writer {winners[0]}".encode()
-
-
-def test_of_two_processes_that_write_one_name_exactly_one_wins(s3: str) -> None:
-    names = [f"lease/{i}.json" for i in range(10)]
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        barrier = manager.Barrier(2)
-        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-            asked = [pool.submit(claim_all, f"{s3}/out", writer, names, barrier) for writer in range(2)]
-            won = [future.result() for future in asked]
-    assert [a + b for a, b in zip(*won, strict=True)] == [1] * len(names)
 
 
 def test_parquet_is_read_at_random_places(folder: Folder) -> None:
