@@ -14,10 +14,10 @@ CONTENT_POLICY = "default-src 'none'; img-src 'self' data:; media-src 'self'; st
 MORE_CSS = """
 .measure { margin-top: 18px; scroll-margin-top: 12px; }
 .measure > p { max-width: 90ch; }
-.ends { display: grid; grid-template-columns: minmax(320px, 2fr) 3fr 3fr; gap: 18px; align-items: start; }
+.ends { display: grid; grid-template-columns: minmax(260px, 2fr) 3fr 3fr; gap: 18px; align-items: start; }
 .ends svg { width: 100%; height: auto; display: block; }
 .end h4 { margin: 0 0 8px; font-size: 13px; color: var(--soft); font-weight: 600; }
-.end .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 10px; }
+.end .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); gap: 10px; }
 .example { border: 1px solid var(--line); border-radius: 8px; padding: 8px; min-width: 0; font-size: 12px; }
 .example img { width: 100%; display: block; border-radius: 4px; }
 .example img.sound { height: 64px; margin-top: 4px; background: #000004; }
