@@ -25,8 +25,9 @@ EBML_LEAVES: dict[int, Kind] = {
     **dict.fromkeys((0xE7, 0x4489, 0x2AD7B1, 0x23E383, 0x56AA, 0x56BB, 0xB3, 0x9B), "time"),
     **dict.fromkeys((0xB0, 0xBA, 0x54B0, 0x54BA, 0xB5, 0x9F, 0x6264), "geometry"),
     **dict.fromkeys((0xF1, 0xF0, 0xD7, 0x53AC, 0x53AB, 0x83), "table"),
-    **dict.fromkeys((0x63A2, 0x86), "config"),
+    0x86: "config",
 }
+EBML_CODEC_SETUP = 0x63A2
 EBML_BLOCKS = (0xA3, 0xA1)
 RIFF_PARENTS = (b"RIFF", b"LIST")
 
@@ -120,10 +121,12 @@ def _ebml(content: bytes, start: int, end: int) -> Iterator[Field]:
             yield from _ebml(content, payload, stop)
         elif name in EBML_LEAVES and stop > payload:
             yield Field(EBML_LEAVES[name], payload, stop - payload)
+        elif name == EBML_CODEC_SETUP:
+            yield from (Field("config", at, 1) for at in range(payload, stop))
         elif name in EBML_BLOCKS and stop - payload > 4:
             yield Field("table", payload, 1)
             yield Field("time", payload + 1, 2)
-            yield Field("config", payload + 3, 1)
+            yield Field("table", payload + 3, 1)
         position = stop
 
 

@@ -30,7 +30,9 @@ class Mutant:
     @property
     def recipe(self) -> str:
         """One line for a person."""
-        return f"#{self.index} {self.seed_name}: {', then '.join(self.steps) or 'untouched'} ({len(self.content)} bytes)"
+        return (
+            f"#{self.index} {self.seed_name}: {', then '.join(self.steps) or 'untouched'} ({len(self.content)} bytes)"
+        )
 
 
 class Workshop:
@@ -155,7 +157,21 @@ def _value(workshop: Workshop, old: int, length: int, kind: Kind) -> int:
         return old ^ 1 << workshop.below(8 * length)
     # An EBML size keeps its length marker most of the time.
     marked = 1 << 7 * length if kind == "size" and old & 1 << 7 * length else 0
-    choices = (0, 1, 7, 8, top - 1, top // 2, top // 2 - 1, old - 1, old + 1, old * 2, old // 2, old + 8, old ^ top >> 1)
+    choices = (
+        0,
+        1,
+        7,
+        8,
+        top - 1,
+        top // 2,
+        top // 2 - 1,
+        old - 1,
+        old + 1,
+        old * 2,
+        old // 2,
+        old + 8,
+        old ^ top >> 1,
+    )
     pick = workshop.below(len(choices) + 4)
     if pick < len(choices):
         return (choices[pick] % top) | (marked if workshop.below(4) else 0)
