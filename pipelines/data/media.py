@@ -27,6 +27,8 @@ AUDIO_CODECS = frozenset(
 MAX_STREAMS = 64
 SEEK_MARGIN_S = 1.0
 """A window is sought this much early, so that decoders have settled when it starts."""
+MIN_BYTES_PER_S = 32
+"""No file holds more seconds than its bytes allow at this rate (256 bit/s): a header may claim years."""
 CONTAINER_MAGIC = (b"\x1aE\xdf\xa3", b"RIFF", b"OggS", b"fLaC", b"ID3")
 MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"moof")
 LOOKS_CUT = frozenset({"no_video", "no_audio", "unsupported_codec", "empty", "too_short", "not_media"})
@@ -125,7 +127,7 @@ def _stream_end(container: InputContainer, stream: Stream) -> Fraction | None:
 
 
 def probe(file: IO[bytes], max_pixels: int) -> MediaInfo:
-    """What the container says of itself.
+    """What the container says of itself; of its length no more than its bytes can hold.
 
     Raises:
         MediaError: as `open_media`.
@@ -134,7 +136,8 @@ def probe(file: IO[bytes], max_pixels: int) -> MediaInfo:
         video = next(iter(container.streams.video), None)
         audio = next(iter(container.streams.audio), None)
         ends = [_stream_end(container, s) for s in (video, audio) if s is not None]
-        known = [float(end) for end in ends if end is not None]
+        longest = Fraction(file.seek(0, 2), MIN_BYTES_PER_S)
+        known = [float(min(end, longest)) for end in ends if end is not None]
         return MediaInfo(
             duration_s=min(known) if known else None,
             has_video=video is not None,
