@@ -10,6 +10,7 @@ import resource
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -132,6 +133,8 @@ def watched(report: Callable[[Call], None]) -> Any:
 
 
 def _measured(original: Callable[..., Any], report: Callable[[Call], None]) -> Callable[..., Any]:
+    served: Counter[int | None] = Counter()
+
     def measured(decoder: Decoder, path: str | Path, *arguments: Any) -> Any:
         before, started, outcome = decoder.child_pid, time.monotonic(), "ok"
         with _MemoryWatch(decoder) as memory:
@@ -141,11 +144,13 @@ def _measured(original: Callable[..., Any], report: Callable[[Call], None]) -> C
                 outcome = str(error)
                 raise
             finally:
+                due = served[before] >= decoder.limits.clips_per_child
+                served[decoder.child_pid] += 1
                 call = Call(
                     name=os.path.basename(path),  # noqa: PTH119 - a path may hold undecodable bytes
                     seconds=time.monotonic() - started,
                     outcome=outcome,
-                    child_lost=before is not None and before != decoder.child_pid,
+                    child_lost=before is not None and before != decoder.child_pid and not due,
                     child_peak_bytes=memory.stop(),
                 )
                 report(call)
