@@ -14,6 +14,7 @@ from av.container import InputContainer
 from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
+from pipelines.data.media_size import refused_size
 from pipelines.data.media_tracks import PictureTrack, SoundTrack, WindowClock
 from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
 from pipelines.errors import MediaError
@@ -159,12 +160,28 @@ def read_window(file: IO[bytes], request: WindowRequest) -> DecodedWindow:
             file.seek(0)
             decoded = _WindowReader(file, request, seek=False).read()
     except MediaError as error:
+        if error.reason == "truncated" and request.grids and (size := _refused_size(file, request.max_pixels)):
+            raise MediaError("too_large", f"the picture declares {size}; allowed are {request.max_pixels}") from error
         if error.reason in LOOKS_CUT and _is_cut_mp4(file):
             raise MediaError("truncated", f"the file ends inside a box; {error.detail}") from error
         raise
     if decoded is None:
         raise RuntimeError("reading from the start of a file cannot start late")
     return decoded
+
+
+def _refused_size(file: IO[bytes], max_pixels: int) -> str | None:
+    def reopen() -> InputContainer:
+        file.seek(0)
+        container = open_media(file, max_pixels)
+        for stream in container.streams.video:
+            if stream.codec_context is None:
+                continue
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        return container
+
+    return refused_size(reopen)
 
 
 def _is_cut_mp4(file: IO[bytes]) -> bool:
