@@ -61,7 +61,7 @@ def open_media(file: IO[bytes], max_pixels: int) -> InputContainer:
     if not head:
         raise MediaError("empty", "the file has no bytes")
     try:
-        return av.open(
+        container = av.open(
             _Unnamed(file),
             mode="r",
             options={"max_pixels": str(max_pixels)},
@@ -80,6 +80,10 @@ def open_media(file: IO[bytes], max_pixels: int) -> InputContainer:
         known = head.startswith(CONTAINER_MAGIC) or head[4:8] in MP4_BOXES
         reason = "truncated" if known else "not_media"
         raise MediaError(reason, f"cannot be opened: {error}") from error
+    if not container.streams:
+        container.close()
+        raise MediaError("empty", "the container holds no streams")
+    return container
 
 
 def _find_video(container: InputContainer, max_pixels: int) -> VideoStream:
@@ -162,8 +166,8 @@ def read_window(file: IO[bytes], request: WindowRequest) -> DecodedWindow:
     except MediaError as error:
         if error.reason == "truncated" and request.grids and (size := _refused_size(file, request.max_pixels)):
             raise MediaError("too_large", f"the picture declares {size}; allowed are {request.max_pixels}") from error
-        if error.reason in LOOKS_CUT and _is_cut_mp4(file):
-            raise MediaError("truncated", f"the file ends inside a box; {error.detail}") from error
+        if error.reason in LOOKS_CUT and (_is_cut_mp4(file) or _is_cut_riff(file)):
+            raise MediaError("truncated", f"the file ends before its header says; {error.detail}") from error
         raise
     if decoded is None:
         raise RuntimeError("reading from the start of a file cannot start late")
@@ -200,6 +204,21 @@ def _is_cut_mp4(file: IO[bytes]) -> bool:
             # 0 means "to the end of the file"; less than a header is damage, not a cut.
             return False
         position += size
+    return position > end
+
+
+def _is_cut_riff(file: IO[bytes]) -> bool:
+    """Whether the last top-level chunk of an avi or a wav runs past the end of the file."""
+    end = file.seek(0, 2)
+    position = 0
+    while position + 8 <= end:
+        file.seek(position)
+        header = file.read(8)
+        size = int.from_bytes(header[4:], "little")
+        # 0 and all ones mean that the writer never came back to say.
+        if header[:4] != b"RIFF" or size in (0, 0xFFFFFFFF):
+            return False
+        position += 8 + size
     return position > end
 
 

@@ -4,10 +4,13 @@ Containers say a size, which is checked before anything is decoded; the stream's
 decoder refuses them with the error of any damaged picture. What tells the two apart is what it logs.
 """
 
+import contextlib
+import errno
 import re
 from collections.abc import Callable
 
 import av
+import av.error
 from av.container import InputContainer
 
 from pipelines.errors import MediaError
@@ -25,6 +28,9 @@ def refused_size(reopen: Callable[[], InputContainer]) -> str | None:
     try:
         with av.logging.Capture() as said:
             _decode_start(reopen)
+            # An error that follows would quote what was logged here as its own.
+            with contextlib.suppress(av.FFmpegError):
+                av.error.err_check(-errno.EINVAL)
     finally:
         av.logging.set_level(level)
     found = (SIZE_REFUSED.search(message) for _, _, message in said)
