@@ -14,6 +14,7 @@ from av.container import InputContainer
 from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
+from pipelines.data.media_index import off_its_index
 from pipelines.data.media_size import refused_size
 from pipelines.data.media_tracks import PictureTrack, SoundTrack, WindowClock
 from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
@@ -234,6 +235,8 @@ class _WindowReader:
         self._clock = WindowClock(_origin(self._container) + Fraction(request.start_s))
         self._picture = PictureTrack(self._video, self._clock, request) if self._video is not None else None
         self._sound = SoundTrack(self._clock, request) if self._audio is not None else None
+        # An avi has no time stamps: frames are counted as they are met.
+        self._is_counted = "avi" in self._container.format.name
         self._broken: str | None = None
 
     def read(self) -> DecodedWindow | None:
@@ -277,6 +280,8 @@ class _WindowReader:
                 return
             if packet is None:
                 return
+            if self._is_counted and off_its_index(packet):
+                raise MediaError("truncated", f"{packet.stream.type} after damage: its times cannot be told any more")
             try:
                 frames = packet.decode()
             except MemoryError as error:

@@ -101,14 +101,14 @@ SEEDS = (
 
 def write_seeds(folder: Path, seeds: Sequence[Seed] = SEEDS) -> dict[str, bytes]:
     """Write every seed into a folder; their bytes by name."""
-    os.environ.setdefault("SVT_LOG", "1")  # Errors alone: the AV1 encoder greets on stderr otherwise.
     for seed in seeds:
         write_seed(folder / seed.name, seed)
     return {seed.name: (folder / seed.name).read_bytes() for seed in seeds}
 
 
-def write_seed(path: Path, seed: Seed) -> None:
+def write_seed(path: Path, seed: Seed) -> Path:
     """Write one clip: a square that moves over noise, and a tone with a tremolo."""
+    os.environ.setdefault("SVT_LOG", "1")  # Errors alone: the AV1 encoder greets on stderr otherwise.
     options = {"fflags": "+bitexact", **seed.muxer}
     with av.open(str(path), "w", format=seed.format, options=options) as out:
         video = out.add_stream(seed.video, rate=FRAME_RATE_HZ) if seed.video else None
@@ -124,6 +124,7 @@ def write_seed(path: Path, seed: Seed) -> None:
         if audio is not None:
             audio.codec_context.options = {"flags": "+bitexact", "strict": "experimental"}
         _write_streams(out, video, audio, seed)
+    return path
 
 
 def _write_streams(out: OutputContainer, video: object, audio: object, seed: Seed) -> None:
