@@ -9,7 +9,7 @@ import re
 import unicodedata
 
 import numpy as np
-from einops import reduce
+from einops import rearrange
 
 GRID_RATE_HZ = 16
 FRAME_PX = 64
@@ -25,8 +25,9 @@ def encode_frames(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Timing: means of each cell in [0, 1], their change since the frame before, and the mean absolute change of the
     cell's pixels (both 0 in frame 0). Semantics: mean, maximum and minimum over time of the cells' means.
     """
-    pixels = frames.astype(np.int16)
-    change = np.abs(np.diff(pixels, axis=0, prepend=pixels[:1]))
+    change = np.zeros_like(frames)
+    # Differences of unsigned bytes, in the order that cannot wrap around.
+    change[1:] = np.maximum(frames[1:], frames[:-1]) - np.minimum(frames[1:], frames[:-1])
     means = _cell_means(frames)
     signed = np.diff(means, axis=0, prepend=means[:1])
     semantics = np.stack([means.mean(axis=0), means.max(axis=0), means.min(axis=0)])
@@ -34,11 +35,21 @@ def encode_frames(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cell_means(pixels: np.ndarray) -> np.ndarray:
-    """[T, 64, 64, 3] -> [T, 192] in [0, 1]; cell by cell, RGB last."""
-    # Whole numbers are summed exactly, so the order is free: rows first, since numpy sums those fast.
-    rows = reduce(pixels.astype(np.int32), "t (y h) w c -> t y w c", "sum", y=CELLS)
-    sums = reduce(rows, "t y (x w) c -> t (y x c)", "sum", x=CELLS)
-    return (sums / (255.0 * (FRAME_PX // CELLS) ** 2)).astype(np.float32)
+    """uint8 [T, 64, 64, 3] -> [T, 192] in [0, 1]; cell by cell, RGB last."""
+    # Whole numbers are summed exactly, so the order is free, and a cell's sum fits into 16 bits. Adding whole slices
+    # is four times faster than numpy's sum over short axes.
+    side = FRAME_PX // CELLS
+    rows = rearrange(pixels.astype(np.uint16), "t (y h) w c -> h t y w c", h=side)
+    columns = rearrange(_added(rows), "t y (x w) c -> w t y x c", w=side)
+    return (rearrange(_added(columns), "t y x c -> t (y x c)") / (255.0 * side**2)).astype(np.float32)
+
+
+def _added(slices: np.ndarray) -> np.ndarray:
+    """The sum over the first axis."""
+    total = slices[0].copy()
+    for one in slices[1:]:
+        total += one
+    return total
 
 
 def encode_caption(caption: str, length: int, width: int) -> np.ndarray:

@@ -1,6 +1,11 @@
-"""The decode child: sets its own limits, then answers requests on stdin until it ends; see `decoding.py`."""
+"""The decode child: gives up all rights it can do without, then answers requests on stdin until it ends.
 
+See `decoding.py` for the protocol, `child_isolation.py` for the rights.
+"""
+
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -10,7 +15,11 @@ import sys
 import time
 from typing import Any
 
+from pipelines.data.child_isolation import forbid, isolation
+
 MAX_OPEN_FILES = 32
+PIPE_BYTES = 1 << 20
+"""What Linux gives to a user without rights."""
 
 
 def limit_resources(memory_bytes: int, cpu_s: float) -> None:
@@ -64,12 +73,16 @@ def main() -> None:
     """Serve requests until stdin ends or nobody reads the answers."""
     limits = json.loads(sys.argv[1])
     limit_resources(limits["memory_bytes"], (limits["timeout_s"] + 2) * (limits["clips_per_child"] + 1))
+    # Where the kernel refuses the filter, decoding goes on with the limits alone; `jobs/doctor.py` says so.
+    forbid()
     # Nothing but answers may reach the parent, whatever a library prints.
     output = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
+    enlarge_pipe(output.fileno())
     for line in sys.stdin.buffer:
         limit_clip(limits["timeout_s"])
-        header, arrays = answer(json.loads(line))
+        message = json.loads(line)
+        header, arrays = ({"isolation": isolation()}, []) if message["do"] == "isolation" else answer(message)
         encoded = json.dumps(header).encode()
         try:
             write_all(output.fileno(), memoryview(struct.pack("<I", len(encoded)) + encoded))
@@ -77,6 +90,12 @@ def main() -> None:
                 write_all(output.fileno(), array)
         except BrokenPipeError:
             return
+
+
+def enlarge_pipe(descriptor: int) -> None:
+    """A pipe that takes more at once wakes its two ends less often; the kernel may refuse."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def write_all(descriptor: int, content: memoryview) -> None:

@@ -1,7 +1,8 @@
 """Decoding in a disposable child process: a file that crashes, hangs or exhausts the decoder costs one child.
 
 The child (`decode_child.py`) imports only PyAV and numpy, holds no secrets in its environment, has limits on CPU,
-memory, open files and written bytes, and is replaced after a crash, a hang or a number of clips. Requests are JSON
+memory, open files and written bytes, may use no network, start no program and change no file (`child_isolation.py`),
+and is replaced after a crash, a hang or a number of clips. Requests are JSON
 lines on its stdin; answers are a JSON header and raw arrays on its stdout, and are not trusted: their sizes follow
 from the request, or the child counts as crashed.
 """
@@ -102,6 +103,15 @@ class Decoder:
             return MediaInfo(**header["info"])
         except (KeyError, TypeError) as error:
             raise MediaError("decoder_crash", f"the decoder's answer is not understood: {error!r}") from error
+
+    def isolation(self) -> dict[str, bool]:
+        """What the kernel says of the child: `filter`, whether calls are forbidden to it, and `no_new_privileges`.
+
+        Raises:
+            MediaError: no child answers.
+        """
+        header, _ = self._ask({"do": "isolation"}, None)
+        return {str(name): bool(value) for name, value in header.get("isolation", {}).items()}
 
     def close(self) -> None:
         """End the child."""

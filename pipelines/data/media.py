@@ -5,25 +5,27 @@ is given an open file, never a name or a URL: nothing in a file can make it open
 closed list, and its picture size is checked before the first frame is decoded.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import IO
 
 import av
+from av.audio.stream import AudioStream
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
 from pipelines.data.media_index import off_its_index
 from pipelines.data.media_size import refused_size
-from pipelines.data.media_tracks import PictureTrack, SoundTrack, WindowClock
+from pipelines.data.media_tracks import PictureTrack, Skipped, SoundTrack, WindowClock
 from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
 from pipelines.errors import MediaError
 
 FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "wav", "flac", "mp3", "ogg")
 VIDEO_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "mpeg4"})
 AUDIO_CODECS = frozenset(
-    {"aac", "mp3", "mp3float", "opus", "libopus", "vorbis", "flac"}
+    {"aac", "mp3", "mp3float", "opus", "libopus", "vorbis", "flac", "ac3", "eac3", "dca"}
     | {name for name in av.codecs_available if name.startswith("pcm_")}
 )
 MAX_STREAMS = 64
@@ -103,8 +105,9 @@ def _find_video(container: InputContainer, max_pixels: int) -> VideoStream:
     return stream
 
 
-def _find_audio(container: InputContainer) -> Stream:
-    stream = container.streams.best("audio") or next(iter(container.streams.audio), None)
+def _find_audio(container: InputContainer) -> AudioStream:
+    best = container.streams.best("audio")
+    stream = next((s for s in container.streams.audio if s is best), next(iter(container.streams.audio), None))
     if stream is None:
         raise MediaError("no_audio", "the file has no sound")
     _check_codec(stream, AUDIO_CODECS)
@@ -160,10 +163,8 @@ def read_window(file: IO[bytes], request: WindowRequest) -> DecodedWindow:
         MediaError: any reason that lies in the file itself.
     """
     try:
-        decoded = _WindowReader(file, request, seek=True).read() if request.start_s > 2 * SEEK_MARGIN_S else None
-        if decoded is None:
-            file.seek(0)
-            decoded = _WindowReader(file, request, seek=False).read()
+        decoded = _read(file, request, seek=True) if request.start_s > 2 * SEEK_MARGIN_S else None
+        decoded = decoded or _read(file, request, seek=False)
     except MediaError as error:
         if error.reason == "truncated" and request.grids and (size := _refused_size(file, request.max_pixels)):
             raise MediaError("too_large", f"the picture declares {size}; allowed are {request.max_pixels}") from error
@@ -187,6 +188,17 @@ def _refused_size(file: IO[bytes], max_pixels: int) -> str | None:
         return container
 
     return refused_size(reopen)
+
+
+def _read(file: IO[bytes], request: WindowRequest, *, seek: bool) -> DecodedWindow | None:
+    """One pass, or two where frames were passed over that must not be; None when seeking landed too late."""
+    for skip in (True, False):
+        file.seek(0)
+        try:
+            return _WindowReader(file, request, seek=seek, skip=skip).read()
+        except Skipped:
+            continue
+    raise RuntimeError("nothing is passed over in the second pass")
 
 
 def _is_cut_mp4(file: IO[bytes]) -> bool:
@@ -226,15 +238,15 @@ def _is_cut_riff(file: IO[bytes]) -> bool:
 class _WindowReader:
     """One pass over one file."""
 
-    def __init__(self, file: IO[bytes], request: WindowRequest, *, seek: bool) -> None:
+    def __init__(self, file: IO[bytes], request: WindowRequest, *, seek: bool, skip: bool) -> None:
         self._request = request
         self._seek = seek
         self._container = open_media(file, request.max_pixels)
         self._video = _find_video(self._container, request.max_pixels) if request.grids else None
         self._audio = _find_audio(self._container) if request.audio_samples else None
         self._clock = WindowClock(_origin(self._container) + Fraction(request.start_s))
-        self._picture = PictureTrack(self._video, self._clock, request) if self._video is not None else None
-        self._sound = SoundTrack(self._clock, request) if self._audio is not None else None
+        self._picture = PictureTrack(self._video, self._clock, request, skip=skip) if self._video is not None else None
+        self._sound = SoundTrack(self._audio, self._clock, request) if self._audio is not None else None
         # An avi has no time stamps: frames are counted as they are met.
         self._is_counted = "avi" in self._container.format.name
         self._broken: str | None = None
@@ -244,16 +256,18 @@ class _WindowReader:
         with self._container:
             if self._seek and not self._seek_to_start():
                 return None
-            for stream, frames in self._decoded():
-                if stream is self._video and self._picture is not None:
-                    self._picture.take(frames)
-                elif self._sound is not None:
-                    self._sound.take(frames)
-                if self._started_late():
+            for packet in self._packets():
+                part = self._picture if packet.stream is self._video else self._sound
+                if part is None or part.done:
+                    continue
+                part.read(packet)
+                if self._seek and part.started_late:
                     return None
-                if self._done():
+                if part.done and self._done():
                     break
-            return self._finish()
+            decoded = self._finish()
+            late = self._seek and any(part is not None and part.started_late for part in (self._picture, self._sound))
+            return None if late else decoded
 
     def _seek_to_start(self) -> bool:
         target = max(float(self._clock.zero) - SEEK_MARGIN_S, 0.0)
@@ -263,14 +277,11 @@ class _WindowReader:
             return False
         return True
 
-    def _started_late(self) -> bool:
-        return self._seek and any(part is not None and part.started_late for part in (self._picture, self._sound))
-
     def _done(self) -> bool:
         return all(part is None or part.done for part in (self._picture, self._sound))
 
-    def _decoded(self) -> Iterator[tuple[Stream, Iterable[object]]]:
-        """(stream, frames) of each packet; what cannot be decoded is remembered and skipped."""
+    def _packets(self) -> Iterator[Packet]:
+        """Packets of the tracks that are wanted, in the file's order, up to its end or to where it cannot be read."""
         packets = self._container.demux([s for s in (self._video, self._audio) if s is not None])
         while True:
             try:
@@ -282,24 +293,7 @@ class _WindowReader:
                 return
             if self._is_counted and off_its_index(packet):
                 raise MediaError("truncated", f"{packet.stream.type} after damage: its times cannot be told any more")
-            try:
-                frames = packet.decode()
-            except MemoryError as error:
-                raise MediaError("too_large", f"decoding needs more memory than is allowed: {error}") from error
-            except EOFError:
-                continue
-            except av.FFmpegError as error:
-                self._damaged(packet.stream, packet.pts, error)
-                continue
-            yield packet.stream, frames
-
-    def _damaged(self, stream: Stream, pts: int | None, error: av.FFmpegError) -> None:
-        time_s = None if pts is None or stream.time_base is None else self._clock.time_s(pts, stream.time_base)
-        where = "at an unknown time" if time_s is None else f"at {time_s:.3f} s of the window"
-        self._broken = f"{stream.type} cannot be decoded {where}: {error}"
-        # Damaged sound leaves a gap that counts as missing; a damaged picture spoils the frames that build on it.
-        if stream is self._video and (time_s is None or 0 <= time_s < self._request.duration_s):
-            raise MediaError("truncated", self._broken)
+            yield packet
 
     def _finish(self) -> DecodedWindow:
         request = self._request
@@ -312,7 +306,7 @@ class _WindowReader:
                 continue
             real_s = part.finish()
             if real_s < (1 - request.max_missing) * wanted_s:
-                raise self._incomplete(stream, real_s, wanted_s)
+                raise self._incomplete(stream, real_s, wanted_s, part.broken or self._broken)
             valid_s = min(valid_s, real_s)
         return DecodedWindow(
             frames=self._picture.frames if self._picture is not None else (),
@@ -322,10 +316,10 @@ class _WindowReader:
             valid_s=valid_s,
         )
 
-    def _incomplete(self, stream: Stream, real_s: float, wanted_s: float) -> MediaError:
+    def _incomplete(self, stream: Stream, real_s: float, wanted_s: float, broken: str | None) -> MediaError:
         detail = f"{stream.type} covers {real_s:.3f} of {wanted_s:.3f} s"
-        if self._broken is not None:
-            return MediaError("truncated", f"{detail}; {self._broken}")
+        if broken is not None:
+            return MediaError("truncated", f"{detail}; {broken}")
         end = _stream_end(self._container, stream)
         promised_s = 0.0 if end is None else float(end) - self._request.start_s
         if promised_s >= (1 - self._request.max_missing) * wanted_s:

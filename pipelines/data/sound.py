@@ -1,8 +1,10 @@
 """From decoded sound to the clip's wave: resampled, cut to the exact length, 16 bit, and fit to be learnt from."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
-import torchaudio.functional
+import torchaudio.transforms
 
 from pipelines.data.window import DecodedWindow
 from pipelines.errors import MediaError
@@ -26,7 +28,13 @@ def resample(wave: np.ndarray, rate_hz: int, wanted_hz: int) -> np.ndarray:
     """float32 [S] at `rate_hz` -> float32 [ceil(S * wanted_hz / rate_hz)], band-limited (Kaiser-windowed sinc)."""
     if rate_hz == wanted_hz:
         return wave
-    return torchaudio.functional.resample(torch.from_numpy(wave), rate_hz, wanted_hz, **KAISER).numpy()
+    return _resampler(rate_hz, wanted_hz)(torch.from_numpy(wave)).numpy()
+
+
+@lru_cache(maxsize=16)
+def _resampler(rate_hz: int, wanted_hz: int) -> torchaudio.transforms.Resample:
+    # Kept, because making the kernel costs several times what applying it to a clip does.
+    return torchaudio.transforms.Resample(rate_hz, wanted_hz, dtype=torch.float32, **KAISER)
 
 
 def wave_of(window: DecodedWindow, sample_rate_hz: int, num_samples: int) -> np.ndarray:

@@ -194,7 +194,7 @@ class _MemoryWatch:
 
 def serve(connection: Connection, batches: Sequence[Batch], seeds_folder: str) -> None:
     """The process's main: runs its batches and tells of every call and every batch."""
-    silence()
+    silence(Path(seeds_folder).parent)
     seeds = {path.name: path.read_bytes() for path in sorted(Path(seeds_folder).iterdir())}
     for batch in batches:
         connection.send(batch.indexes)
@@ -202,12 +202,12 @@ def serve(connection: Connection, batches: Sequence[Batch], seeds_folder: str) -
     connection.send(None)
 
 
-def silence() -> None:
-    """One thread, no MLflow, and nothing of the stage's own lines."""
+def silence(folder: Path) -> None:
+    """One thread, no MLflow server (a launch in `folder` that nobody ships), and nothing of the stage's own lines."""
     import torch
 
     torch.set_num_threads(1)
-    reference = LaunchReference(journal_id="fuzz", folder="/nonexistent", store="sqlite:///unused.db")
+    reference = LaunchReference(journal_id="fuzz", folder=str(folder), store="sqlite:///unused.db")
     os.environ[LAUNCH_VARIABLE] = reference.to_text()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

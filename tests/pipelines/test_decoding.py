@@ -205,3 +205,9 @@ def test_files_with_any_name_are_opened(tmp_path: Path, clip: Path) -> None:
 
 def test_the_command_line_starts_the_child_without_the_working_folder_on_its_path() -> None:
     assert child_command(DecodeLimits())[1:4] == ["-P", "-m", "pipelines.data.decode_child"]
+
+
+def test_the_child_says_that_it_is_shut_in(clip: Path) -> None:
+    with Decoder() as decoder:
+        decoder.decode(clip, REQUEST)
+        assert decoder.isolation() == {"filter": True, "no_new_privileges": True}

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 from pipelines.data import media
 from pipelines.data.contracts import REJECT_REASONS
-from pipelines.data.media_tracks import SCALING
+from pipelines.data.media_scale import SCALING
 from pipelines.data.window import DecodedWindow, FrameGrid, WindowRequest
 from pipelines.errors import MediaError
 from tests.pipelines.clip_factory import beep, grey_frames, tone, write_clip
