@@ -16,6 +16,8 @@ from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
+from pipelines.data.media_index import off_its_index
+from pipelines.data.media_size import refused_size
 from pipelines.data.media_tracks import PictureTrack, Skipped, SoundTrack, WindowClock
 from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
 from pipelines.errors import MediaError
@@ -29,6 +31,8 @@ AUDIO_CODECS = frozenset(
 MAX_STREAMS = 64
 SEEK_MARGIN_S = 1.0
 """A window is sought this much early, so that decoders have settled when it starts."""
+MIN_BYTES_PER_S = 32
+"""No file holds more seconds than its bytes allow at this rate (256 bit/s): a header may claim years."""
 CONTAINER_MAGIC = (b"\x1aE\xdf\xa3", b"RIFF", b"OggS", b"fLaC", b"ID3")
 MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"moof")
 LOOKS_CUT = frozenset({"no_video", "no_audio", "unsupported_codec", "empty", "too_short", "not_media"})
@@ -60,7 +64,7 @@ def open_media(file: IO[bytes], max_pixels: int) -> InputContainer:
     if not head:
         raise MediaError("empty", "the file has no bytes")
     try:
-        return av.open(
+        container = av.open(
             _Unnamed(file),
             mode="r",
             options={"max_pixels": str(max_pixels)},
@@ -79,6 +83,10 @@ def open_media(file: IO[bytes], max_pixels: int) -> InputContainer:
         known = head.startswith(CONTAINER_MAGIC) or head[4:8] in MP4_BOXES
         reason = "truncated" if known else "not_media"
         raise MediaError(reason, f"cannot be opened: {error}") from error
+    if not container.streams:
+        container.close()
+        raise MediaError("empty", "the container holds no streams")
+    return container
 
 
 def _find_video(container: InputContainer, max_pixels: int) -> VideoStream:
@@ -128,7 +136,7 @@ def _stream_end(container: InputContainer, stream: Stream) -> Fraction | None:
 
 
 def probe(file: IO[bytes], max_pixels: int) -> MediaInfo:
-    """What the container says of itself.
+    """What the container says of itself; of its length no more than its bytes can hold.
 
     Raises:
         MediaError: as `open_media`.
@@ -137,7 +145,8 @@ def probe(file: IO[bytes], max_pixels: int) -> MediaInfo:
         video = next(iter(container.streams.video), None)
         audio = next(iter(container.streams.audio), None)
         ends = [_stream_end(container, s) for s in (video, audio) if s is not None]
-        known = [float(end) for end in ends if end is not None]
+        longest = Fraction(file.seek(0, 2), MIN_BYTES_PER_S)
+        known = [float(min(end, longest)) for end in ends if end is not None]
         return MediaInfo(
             duration_s=min(known) if known else None,
             has_video=video is not None,
@@ -157,12 +166,28 @@ def read_window(file: IO[bytes], request: WindowRequest) -> DecodedWindow:
         decoded = _read(file, request, seek=True) if request.start_s > 2 * SEEK_MARGIN_S else None
         decoded = decoded or _read(file, request, seek=False)
     except MediaError as error:
-        if error.reason in LOOKS_CUT and _is_cut_mp4(file):
-            raise MediaError("truncated", f"the file ends inside a box; {error.detail}") from error
+        if error.reason == "truncated" and request.grids and (size := _refused_size(file, request.max_pixels)):
+            raise MediaError("too_large", f"the picture declares {size}; allowed are {request.max_pixels}") from error
+        if error.reason in LOOKS_CUT and (_is_cut_mp4(file) or _is_cut_riff(file)):
+            raise MediaError("truncated", f"the file ends before its header says; {error.detail}") from error
         raise
     if decoded is None:
         raise RuntimeError("reading from the start of a file cannot start late")
     return decoded
+
+
+def _refused_size(file: IO[bytes], max_pixels: int) -> str | None:
+    def reopen() -> InputContainer:
+        file.seek(0)
+        container = open_media(file, max_pixels)
+        for stream in container.streams.video:
+            if stream.codec_context is None:
+                continue
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"max_pixels": str(max_pixels)}
+        return container
+
+    return refused_size(reopen)
 
 
 def _read(file: IO[bytes], request: WindowRequest, *, seek: bool) -> DecodedWindow | None:
@@ -195,6 +220,21 @@ def _is_cut_mp4(file: IO[bytes]) -> bool:
     return position > end
 
 
+def _is_cut_riff(file: IO[bytes]) -> bool:
+    """Whether the last top-level chunk of an avi or a wav runs past the end of the file."""
+    end = file.seek(0, 2)
+    position = 0
+    while position + 8 <= end:
+        file.seek(position)
+        header = file.read(8)
+        size = int.from_bytes(header[4:], "little")
+        # 0 and all ones mean that the writer never came back to say.
+        if header[:4] != b"RIFF" or size in (0, 0xFFFFFFFF):
+            return False
+        position += 8 + size
+    return position > end
+
+
 class _WindowReader:
     """One pass over one file."""
 
@@ -207,6 +247,8 @@ class _WindowReader:
         self._clock = WindowClock(_origin(self._container) + Fraction(request.start_s))
         self._picture = PictureTrack(self._video, self._clock, request, skip=skip) if self._video is not None else None
         self._sound = SoundTrack(self._audio, self._clock, request) if self._audio is not None else None
+        # An avi has no time stamps: frames are counted as they are met.
+        self._is_counted = "avi" in self._container.format.name
         self._broken: str | None = None
 
     def read(self) -> DecodedWindow | None:
@@ -249,6 +291,8 @@ class _WindowReader:
                 return
             if packet is None:
                 return
+            if self._is_counted and off_its_index(packet):
+                raise MediaError("truncated", f"{packet.stream.type} after damage: its times cannot be told any more")
             yield packet
 
     def _finish(self) -> DecodedWindow:
