@@ -153,9 +153,24 @@ class Dataset:
         return totals
 
     def read_row_group(self, part: Part, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """One row group of one part, only `columns`."""
+        """One row group of one part, only `columns`.
+
+        Raises:
+            ContractError: the part has other columns, types or shapes than the contract; each is named.
+        """
         names = _checked(self.contract, columns)
-        return self.folder.use_file(part.path, lambda file: pq.ParquetFile(file).read_row_group(index, columns=names))
+
+        def read(file: pa.NativeFile) -> pa.Table:
+            parquet = pq.ParquetFile(file)
+            drift = schema_drift(parquet.schema_arrow, self.contract.schema(self.spec))
+            if drift:
+                raise ContractError(
+                    f"{self.folder.uri}/{part.path} breaks contract {self.contract.name}/{self.contract.version}: "
+                    f"{'; '.join(drift)}; make the dataset again with this code"
+                )
+            return parquet.read_row_group(index, columns=names)
+
+        return self.folder.use_file(part.path, read)
 
     def iter_row_groups(self, columns: Sequence[str] | None = None, split: str | None = None) -> Iterator[pa.Table]:
         """Row groups in the manifest's order: never more than one in memory."""
@@ -192,6 +207,20 @@ class Dataset:
             rejects = self.folder.use_file(part.path, lambda file: pq.ParquetFile(file).read())
             tables.append(rejects.replace_schema_metadata(None))
         return pa.concat_tables(tables).sort_by("clip_id")
+
+
+def schema_drift(found: pa.Schema, wanted: pa.Schema) -> list[str]:
+    """What a part's schema has other than its contract's, a line each: columns too many, missing, of another type."""
+    theirs, ours = ({field.name: field.type for field in schema} for schema in (found, wanted))
+    return [
+        *(f"column '{name}' is unknown" for name in theirs if name not in ours),
+        *(f"column '{name}' is missing" for name in ours if name not in theirs),
+        *(
+            f"column '{name}' is {theirs[name]}, not {ours[name]}"
+            for name in ours
+            if name in theirs and theirs[name] != ours[name]
+        ),
+    ]
 
 
 def _parts(entries: Sequence[Mapping[str, Any]]) -> tuple[Part, ...]:

@@ -6,6 +6,7 @@ count differs, when an exit is anything but a kill's, or when fewer kills than a
 """
 
 import argparse
+import itertools
 import os
 import random
 import signal
@@ -28,14 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("train", "rpo", "val", "test")
 DISTINCT = 12
 """Different clips; the others are links to them under names of their own."""
-VICTIMS = {
-    "driver": 1,
-    "raylet": 1,
-    "actor": 4,
-    "child": 4,
-    "watcher": 1,
-}
-"""What is killed, and how often in proportion."""
+VICTIMS = ("actor", "child", "driver", "actor", "child", "watcher", "raylet", "actor", "child", "child")
+"""What is killed, in turn from a random place; where a kind is not alive at the moment, the next one that is."""
 MARKS = {
     "raylet": "raylet/raylet",
     "actor": "_CommittingActor",
@@ -115,6 +110,9 @@ def run_storm(manifest: Path, out: Path, *, kills: int, seed: int, units: int) -
         AssertionError: a driver ended in a way that no kill explains, or the storm took too long.
     """
     rng, storm = random.Random(seed), Storm()
+    turn = itertools.cycle(VICTIMS)
+    for _ in range(rng.randrange(len(VICTIMS))):
+        next(turn)
     deadline = time.monotonic() + MAX_SECONDS
     log = out.with_suffix(".log")
     driver = start(manifest, out, 2, log)
@@ -129,7 +127,7 @@ def run_storm(manifest: Path, out: Path, *, kills: int, seed: int, units: int) -
         alive = candidates(driver)
         if not alive or storm.landed.total() >= kills:
             continue
-        kind = rng.choices(list(alive), [VICTIMS[name] for name in alive])[0]
+        kind = next(kind for kind in itertools.islice(turn, len(VICTIMS)) if kind in alive)
         if len(done_units(open_folder(out))) < units and not (out / MANIFEST).exists():
             os.kill(rng.choice(alive[kind]), signal.SIGKILL)
             storm.landed[kind] += 1

@@ -34,7 +34,7 @@ from pipelines.data.contracts import FEATURES, PAIRS, SCORES
 from pipelines.data.media_write import write_mp4
 from pipelines.data.store import Dataset
 from pipelines.data.tables import column_to_numpy
-from pipelines.errors import InputError
+from pipelines.errors import InputError, StageConflict
 from tests.demo_factory import write_untrained_reward
 from tests.pipelines.public_factory import use_narrow_sizes, write_full_size, write_narrow
 
@@ -192,7 +192,7 @@ def test_published_files_run_the_whole_line_at_true_shapes(narrow: Line, monkeyp
     assert np.abs(wave).max() > 1e-4
 
 
-def test_features_of_another_vae_are_never_decoded_by_this_one(
+def test_fault_31_features_of_another_vae_are_neither_mixed_nor_decoded_by_this_one(
     narrow: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_narrow_sizes(monkeypatch)
@@ -211,6 +211,12 @@ def test_features_of_another_vae_are_never_decoded_by_this_one(
     with pytest.raises(InputError, match="clip are needed: give --weights"):
         job("preprocess", "small_16k", *words)
     assert not (tmp_path / "pairs").exists()
+    whole = str(tmp_path / "whole")
+    flags = [word for role, path in files.items() for word in (f"--{role}", path)]
+    job("import_mmaudio", "small_16k", *flags, "--out", whole, "--trust-unknown-checksum")
+    words = (*words[:-1], str(narrow.folder / "features"))
+    with pytest.raises(StageConflict, match=r"was made with other settings \(weights: .* there, .* asked\)"):
+        job("preprocess", "small_16k", *words, "--weights", whole)
 
 
 @pytest.mark.slow
