@@ -1,7 +1,7 @@
 """What a manifest of a million rows costs before the first clip is decoded: python -m benchmarks.plan_scale.
 
 Each number of rows is measured in a process of its own: a csv with caption, split and start is read, fingerprinted,
-planned and sorted; no file of it exists.
+planned, sorted and written; then half of its units are said to be done, and what is left is found. No clip exists.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,8 +32,12 @@ def write_manifest(path: Path, rows: int) -> None:
 
 def measure(manifest: str) -> None:
     """Do it, and print CPU seconds of each step and the peak RSS in MB."""
+    from pipelines.data.commits import done_units
     from pipelines.data.ingest import read_entries
     from pipelines.data.plan import plan_windows
+    from pipelines.data.planned_units import write_plan
+    from pipelines.data.preprocess import planned_rows
+    from pipelines.data.storage import open_folder
 
     base_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     marks = [time.process_time()]
@@ -42,9 +47,27 @@ def measure(manifest: str) -> None:
     marks.append(time.process_time())
     plan = plan_windows(entries, clip_s=8.0)
     marks.append(time.process_time())
+    with tempfile.TemporaryDirectory() as out:
+        units = write_plan(out, plan, planned_rows)
+        marks.append(time.process_time())
+        pretend_done(Path(out), units.names[::2])
+        before = time.process_time()
+        done = done_units(open_folder(out))
+        todo = [index for index, name in enumerate(units.names) if name not in done]
+        resume_s = time.process_time() - before
+        assert len(todo) == len(units.names) // 2
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     steps = [b - a for a, b in pairwise(marks)]
-    print(len(plan), *steps, base_mb, peak_mb, fingerprint)
+    print(len(plan), *steps, resume_s, base_mb, peak_mb, fingerprint)
+
+
+def pretend_done(out: Path, names: Sequence[str]) -> None:
+    """The parts and receipts of units, without anything in them: what a resumed run lists."""
+    for sub, suffix in (("data/part-", ".parquet"), ("receipts/", ".json")):
+        for name in names:
+            path = out / f"{sub}{name}{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
 
 
 def main() -> None:
@@ -64,14 +87,16 @@ def main() -> None:
             write_manifest(manifest, rows)
             command = [sys.executable, "-m", "benchmarks.plan_scale", "--measure", str(manifest)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-            read_s, fingerprint_s, plan_s, base_mb, peak_mb = (float(x) for x in output[1:6])
+            read_s, fingerprint_s, plan_s, write_s, resume_s, base_mb, peak_mb = (float(x) for x in output[1:8])
             table.append(
                 {
                     "rows": int(output[0]),
                     "read CPU s": read_s,
                     "fingerprint CPU s": fingerprint_s,
                     "plan and sort CPU s": plan_s,
-                    "all CPU s": read_s + fingerprint_s + plan_s,
+                    "write plan CPU s": write_s,
+                    "list done units CPU s": resume_s,
+                    "all CPU s": read_s + fingerprint_s + plan_s + write_s + resume_s,
                     "peak RSS MB": peak_mb,
                     "bytes a row": (peak_mb - base_mb) * 1e6 / int(output[0]),
                 }
