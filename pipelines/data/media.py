@@ -31,6 +31,7 @@ SEEK_MARGIN_S = 1.0
 """A window is sought this much early, so that decoders have settled when it starts."""
 CONTAINER_MAGIC = (b"\x1aE\xdf\xa3", b"RIFF", b"OggS", b"fLaC", b"ID3")
 MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"moof")
+AVI_CHUNK_HEADER_BYTES = 8
 LOOKS_CUT = frozenset({"no_video", "no_audio", "unsupported_codec", "empty", "too_short", "not_media"})
 """What a file whose header was cut seems to be."""
 STILL_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
@@ -93,7 +94,8 @@ def _find_video(container: InputContainer, max_pixels: int) -> VideoStream:
     if pixels > max_pixels:
         size = f"{stream.codec_context.width}x{stream.codec_context.height}"
         raise MediaError("too_large", f"{size} is more than {max_pixels} pixels")
-    stream.codec_context.options = {"max_pixels": str(max_pixels)}
+    # A decoder that makes up what is damaged shows a picture that never was: it has to say so instead.
+    stream.codec_context.options = {"max_pixels": str(max_pixels), "err_detect": "explode"}
     return stream
 
 
@@ -195,6 +197,18 @@ def _is_cut_mp4(file: IO[bytes]) -> bool:
     return position > end
 
 
+def _is_displaced(packet: Packet) -> bool:
+    """Whether an AVI's index knows another place for the chunk of this time.
+
+    AVI has no time stamps: FFmpeg counts chunks, and after a damaged one the count is behind.
+    """
+    index = packet.stream.index_entries
+    at = -1 if packet.dts is None or packet.pos is None else index.search_timestamp(packet.dts, any_frame=True)
+    if packet.pos is None or at < 0 or index[at].timestamp != packet.dts:
+        return False
+    return index[at].pos + AVI_CHUNK_HEADER_BYTES != packet.pos
+
+
 class _WindowReader:
     """One pass over one file."""
 
@@ -241,6 +255,7 @@ class _WindowReader:
     def _packets(self) -> Iterator[Packet]:
         """Packets of the tracks that are wanted, in the file's order, up to its end or to where it cannot be read."""
         packets = self._container.demux([s for s in (self._video, self._audio) if s is not None])
+        untimed = self._container.format.name == "avi"
         while True:
             try:
                 packet = next(packets, None)
@@ -249,6 +264,8 @@ class _WindowReader:
                 return
             if packet is None:
                 return
+            if untimed and _is_displaced(packet):
+                raise MediaError("truncated", "parts before this window are lost, so that its time is not known")
             yield packet
 
     def _finish(self) -> DecodedWindow:
