@@ -101,7 +101,8 @@ def _find_video(container: InputContainer, max_pixels: int) -> VideoStream:
     if pixels > max_pixels:
         size = f"{stream.codec_context.width}x{stream.codec_context.height}"
         raise MediaError("too_large", f"{size} is more than {max_pixels} pixels")
-    stream.codec_context.options = {"max_pixels": str(max_pixels)}
+    # A decoder that makes up what is damaged shows a picture that never was: it has to say so instead.
+    stream.codec_context.options = {"max_pixels": str(max_pixels), "err_detect": "explode"}
     return stream
 
 

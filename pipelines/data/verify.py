@@ -44,7 +44,7 @@ def check_files(location: str) -> list[str]:
     """
     manifest = read_manifest(location)
     folder = open_folder(location)
-    entries = manifest["files"] if "files" in manifest else [*manifest["parts"], *manifest["rejects"]]
+    entries = [entry for group in ("files", "parts", "rejects") for entry in manifest.get(group, ())]
     problems = [problem for entry in entries if (problem := _file_problem(folder, entry))]
     listed = {entry["path"] for entry in entries}
     for sub in LISTED if manifest.get("kind") == "dataset" else ():
