@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.table import show
-
 CAPTIONS = ("playing the acoustic guitar", "heart sounds, heartbeat", "dog barking in the distance", "ocean surf")
 SPLITS = ("train", "train", "train", "rpo", "val", "test")
 
@@ -80,6 +78,9 @@ def main() -> None:
     if options.measure:
         measure(options.measure)
         return
+    # Not above: it brings torch along, which must not be in the processes that are measured.
+    from benchmarks.table import show
+
     table: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as scratch:
         manifest = Path(scratch) / "clips.csv"

@@ -43,7 +43,8 @@ class _Shelf:
     def find(self, clip: ListedClip) -> _Match | None:
         """The file of a clip; None: there is none."""
         for key in keys_of(clip):
-            own = key if key in self._media else self._padded.get(start_padded(key))
+            padded = start_padded(key)
+            own = next((k for k in (key, padded) if k in self._media), self._padded.get(padded))
             if own is not None:
                 file = self._media[own]
                 sound = self._sounds.get(file.name[: -len(suffix_of(file.name))])

@@ -162,9 +162,10 @@ def _scan(file: _HeaderReader, name: str) -> _Scan:
         kind = "truncated" if end else "not_media"
         scan.problem = (kind, f"no tar beyond byte {end}: {error}"[:200])
         return scan
-    if scan.problem is None and end <= total_bytes:
-        file.seek(end)
-        if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
+    is_cut = any(member.problem and member.problem[0] == "truncated" for member in scan.media.values())
+    if scan.problem is None and not is_cut:
+        file.seek(min(end, total_bytes))
+        if end > total_bytes or file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
             scan.problem = ("truncated", f"no member and no end mark at byte {end}; members after it are lost")
     return scan
 
