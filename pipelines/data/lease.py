@@ -218,6 +218,8 @@ def _await_end(folder: Folder, number: int, renew_s: float, say: Callable[[str],
     started = time.monotonic()
     told = False
     while True:
+        # Taken before the look: a watcher that is held up itself must not count that against the holder.
+        looked = time.monotonic()
         if max(_numbers(folder), default=0) != number:
             return False
         seen = _read(folder, number)
@@ -230,13 +232,13 @@ def _await_end(folder: Folder, number: int, renew_s: float, say: Callable[[str],
         if seen != first:
             holder = now.owner if now else f"the holder of {folder.uri}/{_name(number)}"
             raise StageConflict(f"{folder.uri} is being written by {holder}, which holds lease {number}; {NEXT_STEP}")
-        if time.monotonic() - started > patience_s:
-            say(f"{folder.uri}: lease {number} was not renewed for {patience_s:g} s; taking over")
-            return True
         if not told:
             holder = now.owner if now else "an unknown process"
             say(f"{folder.uri}: lease {number} is held by {holder}; watching for up to {patience_s:g} s if it lives")
             told = True
+        if looked - started > patience_s:
+            say(f"{folder.uri}: lease {number} was not renewed for {patience_s:g} s; taking over")
+            return True
         time.sleep(interval_s / POLLS_PER_RENEWAL)
 
 
