@@ -23,8 +23,9 @@ class Options:
     """Folder of the features dataset to make; not needed with --dry-run."""
     dry_run: bool = False
     """Print how many clips each predicate drops, alone and after those before it, and write nothing."""
-    num_workers: int = 2
-    """Workers of the pool; 0 works in this process without Ray. Changes no byte of the result."""
+    num_workers: int = 0
+    """Workers of the pool; 0, enough until hundreds of GB are copied, works in this process without Ray. Changes no
+    byte of the result."""
 
     def __post_init__(self) -> None:
         cli.require(self.dry_run or self.out is not None, "--out is missing; give a folder, or --dry-run")

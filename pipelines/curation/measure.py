@@ -114,9 +114,7 @@ def measure(
         out: the artifact's folder.
         pool: who does it.
         report: what the page shows.
-        options_yaml: kept as `config.yaml` beside the artifact.
-        track: opens the stage's run.
-        say: where the stage's lines go.
+        options_yaml, track, say: as those of `run_stage`.
 
     Raises:
         InputError: an input is missing or another kind, or the features have no rows.

@@ -22,7 +22,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(world: Path, *words: str) -> int:
-    given = ("--features", str(world / "f"), "--measures", str(world / "m"), "--num-workers", "0", *words)
+    given = ("--features", str(world / "f"), "--measures", str(world / "m"), *words)
     return curate.main(cli.parse("curate", curate.Options, given))
 
 

@@ -13,7 +13,7 @@ def test_rows_of_every_contract_conform_and_keep_their_values(name: str) -> None
     contract = CONTRACTS[name]
     rows = [make_row(contract, f"clip {i}", seed=i) for i in range(3)]
     table = table_from_rows(rows, contract, TINY)
-    assert table.schema.metadata[b"contract"] == f"{name}/1".encode()
+    assert table.schema.metadata[b"contract"] == f"{name}/{contract.version}".encode()
     for field in table.schema:
         if isinstance(field.type, pa.FixedShapeTensorType):
             assert np.array_equal(column_to_numpy(table[field.name]), np.stack([r[field.name] for r in rows]))
@@ -24,6 +24,11 @@ def test_a_breach_names_the_column_and_the_clip() -> None:
     bad["latent_mean"][3, 4] = np.nan
     with pytest.raises(ContractError, match=r"'latent_mean' is not finite in clip 'clip b'"):
         table_from_rows([make_row(FEATURES, "clip a"), bad], FEATURES, TINY)
+    for name, value in (("loudness_lufs", -np.inf), ("cuts_s", [1.0, np.nan])):
+        loud = make_row(FEATURES, "clip h")
+        loud["measures"][name] = value
+        with pytest.raises(ContractError, match=r"'measures' is not finite in clip 'clip h'"):
+            table_from_rows([loud], FEATURES, TINY)
     short = make_row(FEATURES, "clip c")
     short["sync_features"] = short["sync_features"][:-1]
     with pytest.raises(ContractError, match=r"'sync_features' of clip 'clip c' has shape \(39, 576\)"):
