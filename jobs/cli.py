@@ -49,9 +49,22 @@ def run(job: str, options_type: type[Options], main: Callable[[Options], int]) -
     except KeyboardInterrupt:
         sys.stderr.write(f"{job}: interrupted; the same command continues\n")
         sys.exit(130)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+    except Exception as error:
+        sys.exit(_failed(job, error))
+
+
+def _failed(job: str, error: Exception) -> int:
+    """Exit code of what nobody foresaw: a full disk is the machine's failure wherever it shows, the rest is a defect."""
+    if isinstance(error, OSError):
+        # Here, because `--help` and wrong options need none of it.
+        from pipelines.data.storage_faults import is_machines_fault, local_failure
+
+        if is_machines_fault(error):
+            failure = local_failure(error, error.filename or "a file")
+            sys.stderr.write(f"{job}: {_one_line(str(failure))}\n")
+            return failure.exit_code
+    traceback.print_exception(error)
+    return 1
 
 
 def parse(job: str, options_type: type[Options], argv: Sequence[str]) -> Options:

@@ -119,6 +119,12 @@ def dataset_manifest(folder: Folder, contract: Contract, spec: ClipSpec) -> dict
     }
 
 
+def remove_leftovers(folder: Folder) -> None:
+    """Delete what a killed run left half written; to be called by the one writer of the folder, before it starts."""
+    for sub in ("", "data", "rejects", RECEIPTS):
+        folder.remove_temporaries(sub)
+
+
 def sweep(folder: Folder, content: dict[str, Any]) -> None:
     """Remove what an interrupted run may have left in `data` and `rejects` and the manifest does not list.
 

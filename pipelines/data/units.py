@@ -19,7 +19,7 @@ import torch
 from models.spec import ClipSpec
 from pipelines.cluster import connect
 from pipelines.data import attempts
-from pipelines.data.commits import commit_unit, done_units
+from pipelines.data.commits import commit_unit, done_units, remove_leftovers
 from pipelines.data.contracts import Contract
 from pipelines.data.storage import open_folder
 from pipelines.data.store import ROW_GROUP_ROWS
@@ -175,6 +175,7 @@ def run_units(
         PipelineError: what a worker raised.
         EnvironmentFailed: a unit's workers died again and again.
     """
+    remove_leftovers(open_folder(out))
     done = done_units(open_folder(out))
     names, sizes = units.names, units.sizes
     todo = tuple(index for index, name in enumerate(names) if name not in done)
