@@ -54,7 +54,7 @@ def run(job: str, options_type: type[Options], main: Callable[[Options], int]) -
 
 
 def _failed(job: str, error: Exception) -> int:
-    """Exit code of what nobody foresaw: a full disk is the machine's failure wherever it shows, the rest is a defect."""
+    """Exit code of what nobody foresaw: a full disk is the machine's failure wherever it shows, else a defect."""
     if isinstance(error, OSError):
         # Here, because `--help` and wrong options need none of it.
         from pipelines.data.storage_faults import is_machines_fault, local_failure
