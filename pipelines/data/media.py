@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 
 from pipelines.data.media_index import off_its_index
 from pipelines.data.media_size import refused_size
-from pipelines.data.media_tracks import PictureTrack, Skipped, SoundTrack, WindowClock
+from pipelines.data.media_tracks import AUDIO_MARGIN_S, PictureTrack, Skipped, SoundTrack, WindowClock
 from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
 from pipelines.errors import MediaError
 
@@ -292,9 +292,15 @@ class _WindowReader:
                 return
             if packet is None:
                 return
-            if self._is_counted and off_its_index(packet):
+            if self._is_counted and self._is_near(packet) and off_its_index(packet):
                 raise MediaError("truncated", f"{packet.stream.type} after damage: its times cannot be told any more")
             yield packet
+
+    def _is_near(self, packet: Packet) -> bool:
+        """Whether a packet claims a time up to the end of the window and of the sound beside it."""
+        if packet.dts is None or packet.time_base is None:
+            return False
+        return self._clock.time_s(packet.dts, packet.time_base) <= self._request.duration_s + AUDIO_MARGIN_S
 
     def _finish(self) -> DecodedWindow:
         request = self._request

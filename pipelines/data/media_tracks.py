@@ -33,6 +33,8 @@ COMMON_RATES_HZ = frozenset(
 )
 FALLBACK_RATE_HZ = 48_000
 """Sound of any other rate is brought to this one by libswresample: odd ratios make huge resampling kernels."""
+RATES_HZ = range(4000, 768_001)
+"""No sound has another rate. One of 8 Hz would grow to 6000 times its size."""
 MAX_PLANES = 7
 """PyAV 18.1 counts the planes of a frame up to a null pointer, and runs past the end where there are 8 or more."""
 SKIPPING_CODECS = frozenset({"h264", "hevc", "mpeg4"})
@@ -285,6 +287,10 @@ class SoundTrack:
                 continue
             if self._timeline is None:
                 self._timeline = self._start(frame)
+            if self._resampler is None and _has_too_many_planes(frame):
+                # Damaged AAC may decode to dozens of channels for a moment.
+                self.broken = f"the sound changes to {frame.layout.nb_channels} channels"
+                continue
             if frame.sample_rate != self._own_rate_hz:
                 raise MediaError("unsupported_codec", "the sample rate changes inside the sound")
             for part in (frame,) if self._resampler is None else self._resampled(frame):
@@ -292,9 +298,11 @@ class SoundTrack:
 
     def _start(self, frame: AudioFrame) -> AudioTimeline:
         self._own_rate_hz = self.rate_hz = frame.sample_rate
+        if self.rate_hz not in RATES_HZ:
+            raise MediaError("unsupported_codec", f"sound of {self.rate_hz} Hz")
         if self.rate_hz not in COMMON_RATES_HZ:
             self.rate_hz = FALLBACK_RATE_HZ
-        if self.rate_hz != frame.sample_rate or (frame.format.is_planar and frame.layout.nb_channels > MAX_PLANES):
+        if self.rate_hz != frame.sample_rate or _has_too_many_planes(frame):
             self._resampler = AudioResampler(format="flt", rate=self.rate_hz)
         wanted_hz = self._request.audio_rate_hz
         num_samples = math.ceil(self._request.audio_samples * self.rate_hz / wanted_hz)
@@ -332,3 +340,7 @@ class SoundTrack:
         if not np.isfinite(self._timeline.samples).all():
             raise MediaError("nonfinite", "the sound holds values that are not finite")
         return self._timeline.real_s
+
+
+def _has_too_many_planes(frame: AudioFrame) -> bool:
+    return frame.format.is_planar and frame.layout.nb_channels > MAX_PLANES

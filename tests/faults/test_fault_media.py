@@ -159,7 +159,7 @@ def test_fault_06_three_hours_become_windows_within_a_bound_of_memory(clips: Pat
     assert max(call.child_peak_bytes for call in calls) < 300 * MIB
 
 
-def test_fault_07_any_layout_rate_and_depth_becomes_a_row_and_dts_is_unsupported(clips: Path) -> None:
+def test_fault_07_any_layout_rate_and_depth_becomes_a_row_and_what_is_not_what_it_says_is_refused(clips: Path) -> None:
     heard = {
         "mono": Seed(name="mono.mp4", video="mpeg4", audio="aac"),
         "five_one": Seed(name="five_one.mp4", video="mpeg4", audio="aac", layout="5.1"),
@@ -167,14 +167,15 @@ def test_fault_07_any_layout_rate_and_depth_becomes_a_row_and_dts_is_unsupported
         "slow": Seed(name="slow.mov", video="mpeg4", audio="pcm_s16le", rate_hz=8000),
         "fast": Seed(name="fast.mkv", video="mpeg4", audio="flac", rate_hz=192_000),
         "deep": Seed(name="deep.mov", video="mpeg4", audio="pcm_s24le"),
+        "surround": Seed(name="surround.mkv", video="mpeg4", audio="ac3", layout="5.1"),
     }
     for seed in heard.values():
         write_seed(clips / seed.name, seed)
-    surround = write_seed(clips / "ac3.mkv", Seed(name="ac3.mkv", video="mpeg4", audio="ac3"))
-    # PyAV's wheel decodes DTS and cannot write it: another codec's packets under its name.
-    patched(clips / "dts.mkv", surround.read_bytes(), b"A_AC3", b"A_DTS")
+    write_seed(clips / "wavpack.mkv", Seed(name="wavpack.mkv", video="mpeg4", audio="wavpack"))
+    # PyAV's wheel reads DTS and cannot write it: another codec's packets under its name.
+    patched(clips / "dts.mkv", (clips / "surround.mkv").read_bytes(), b"A_AC3", b"A_DTS")
     dataset = made(clips)
-    assert outcomes(dataset) == {**dict.fromkeys(heard, "row"), **dict.fromkeys(("ac3", "dts"), "unsupported_codec")}
+    assert outcomes(dataset) == {**dict.fromkeys(heard, "row"), "wavpack": "unsupported_codec", "dts": "truncated"}
     for clip, wave in sounds(dataset).items():
         assert len(wave) == TINY.num_samples
         # The seeds' tone; its tremolo makes side lines 3 Hz away.

@@ -11,6 +11,7 @@ from pipelines.data.media_write import decode_flac
 from pipelines.data.store import Dataset
 from pipelines.data.tables import conform
 from pipelines.data.window import WindowRequest
+from pipelines.errors import ContractError
 
 MAX_MISSING = WindowRequest.__dataclass_fields__["max_missing"].default
 OWN_FAULTS = ("decoder_crash", "encoder_error")
@@ -22,15 +23,13 @@ def breaches(dataset: Dataset, stems: Collection[str]) -> list[str]:
     """Everything that is wrong with the dataset of a folder of files of these stems; empty when all holds."""
     rows = dataset.read()
     rejects = dataset.read_rejects().to_pylist()
-    return [
-        *_accounting(rows["clip_id"].to_pylist(), [r["clip_id"] for r in rejects], stems, dataset.manifest["counts"]),
-        *(problem for reject in rejects for problem in _reject_problems(reject)),
-        *(
-            problem
-            for row in conform(rows, FEATURES, dataset.spec).to_pylist()
-            for problem in _row_problems(row, dataset.spec)
-        ),
-    ]
+    found = _accounting(rows["clip_id"].to_pylist(), [r["clip_id"] for r in rejects], stems, dataset.manifest["counts"])
+    found += [problem for reject in rejects for problem in _reject_problems(reject)]
+    try:
+        kept = conform(rows, FEATURES, dataset.spec).to_pylist()
+    except ContractError as error:
+        return [*found, str(error)]
+    return found + [problem for row in kept for problem in _row_problems(row, dataset.spec)]
 
 
 def stem_of(clip_id: str) -> str:
