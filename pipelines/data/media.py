@@ -16,6 +16,7 @@ from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
+from pipelines.data.media_avi import AviPlaces
 from pipelines.data.media_tracks import PictureTrack, Skipped, SoundTrack, WindowClock
 from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
 from pipelines.errors import MediaError
@@ -31,7 +32,6 @@ SEEK_MARGIN_S = 1.0
 """A window is sought this much early, so that decoders have settled when it starts."""
 CONTAINER_MAGIC = (b"\x1aE\xdf\xa3", b"RIFF", b"OggS", b"fLaC", b"ID3")
 MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"moof")
-AVI_CHUNK_HEADER_BYTES = 8
 LOOKS_CUT = frozenset({"no_video", "no_audio", "unsupported_codec", "empty", "too_short", "not_media"})
 """What a file whose header was cut seems to be."""
 STILL_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
@@ -197,18 +197,6 @@ def _is_cut_mp4(file: IO[bytes]) -> bool:
     return position > end
 
 
-def _is_displaced(packet: Packet) -> bool:
-    """Whether an AVI's index knows another place for the chunk of this time.
-
-    AVI has no time stamps: FFmpeg counts chunks, and after a damaged one the count is behind.
-    """
-    index = packet.stream.index_entries
-    at = -1 if packet.dts is None or packet.pos is None else index.search_timestamp(packet.dts, any_frame=True)
-    if packet.pos is None or at < 0 or index[at].timestamp != packet.dts:
-        return False
-    return index[at].pos + AVI_CHUNK_HEADER_BYTES != packet.pos
-
-
 class _WindowReader:
     """One pass over one file."""
 
@@ -254,8 +242,12 @@ class _WindowReader:
 
     def _packets(self) -> Iterator[Packet]:
         """Packets of the tracks that are wanted, in the file's order, up to its end or to where it cannot be read."""
-        packets = self._container.demux([s for s in (self._video, self._audio) if s is not None])
-        untimed = self._container.format.name == "avi"
+        wanted = [s for s in (self._video, self._audio) if s is not None]
+        zero, margin_s = self._clock.zero, Fraction(SEEK_MARGIN_S)
+        places = None
+        if self._container.format.name == "avi":
+            places = AviPlaces(wanted, zero - margin_s, zero + Fraction(self._request.duration_s) + margin_s)
+        packets = self._container.demux(wanted)
         while True:
             try:
                 packet = next(packets, None)
@@ -264,7 +256,7 @@ class _WindowReader:
                 return
             if packet is None:
                 return
-            if untimed and _is_displaced(packet):
+            if places is not None and places.is_displaced(packet):
                 raise MediaError("truncated", "parts before this window are lost, so that its time is not known")
             yield packet
 
