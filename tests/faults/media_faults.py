@@ -11,8 +11,9 @@ import numpy as np
 from av.stream import Disposition
 
 from pipelines.data.contracts import FEATURES
-from pipelines.data.manifest import list_videos
-from pipelines.data.preprocess import PreprocessSettings, preprocess
+from pipelines.data.media_folder import list_videos
+from pipelines.data.preprocess import preprocess
+from pipelines.data.preprocess_settings import PreprocessSettings
 from pipelines.data.store import Dataset
 from pipelines.data.units import HERE
 from pipelines.errors import Refused

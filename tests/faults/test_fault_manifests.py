@@ -18,7 +18,8 @@ from pipelines.data.ingest import read_entries
 from pipelines.data.media_folder import list_videos
 from pipelines.data.names import resolve
 from pipelines.data.plan import plan_rows, plan_windows
-from pipelines.data.preprocess import PreprocessSettings, preprocess
+from pipelines.data.preprocess import preprocess
+from pipelines.data.preprocess_settings import PreprocessSettings
 from pipelines.data.units import HERE
 from pipelines.errors import InputError
 from tests.pipelines.clip_factory import simple_clip

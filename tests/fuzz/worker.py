@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 from pipelines.data.contracts import FEATURES
 from pipelines.data.decoding import Decoder
-from pipelines.data.manifest import MEDIA_SUFFIXES, list_videos
-from pipelines.data.preprocess import PreprocessSettings, preprocess
+from pipelines.data.media_folder import list_videos
+from pipelines.data.names import MEDIA_SUFFIXES
+from pipelines.data.preprocess import preprocess
+from pipelines.data.preprocess_settings import PreprocessSettings
 from pipelines.data.store import Dataset
 from pipelines.data.units import HERE
 from pipelines.errors import MediaError, Refused

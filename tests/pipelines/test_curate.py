@@ -9,11 +9,12 @@ from pipelines.curation.curate import curate, plan_curation
 from pipelines.curation.measure import measure
 from pipelines.curation.report import ReportSettings
 from pipelines.data.clip_units import row_group_units
+from pipelines.data.commits import done_units
 from pipelines.data.contracts import FEATURES
 from pipelines.data.digest import row_hashes
 from pipelines.data.storage import open_folder
 from pipelines.data.store import Dataset
-from pipelines.data.units import HERE, done_units
+from pipelines.data.units import HERE
 from pipelines.errors import InputError, Refused, StageConflict
 from pipelines.stage import untracked
 from tests.feature_factory import write_features

@@ -10,12 +10,13 @@ from models.reward import Reward
 from pipelines.curation.measure import MeasureWorker, measure
 from pipelines.curation.report import PAGE, ReportSettings
 from pipelines.data.clip_units import row_group_units
+from pipelines.data.commits import done_units
 from pipelines.data.contracts import FEATURES, MEASURED, MEASURES
 from pipelines.data.frames import decode_frames
 from pipelines.data.media_write import decode_flac
 from pipelines.data.storage import open_folder
 from pipelines.data.store import CHECKPOINT, Dataset, open_files
-from pipelines.data.units import HERE, done_units
+from pipelines.data.units import HERE
 from pipelines.errors import InputError
 from pipelines.stage import untracked
 from tests.feature_factory import write_features
