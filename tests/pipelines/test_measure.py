@@ -89,7 +89,7 @@ def test_without_a_reward_nothing_heavy_is_read_and_nothing_is_said_of_correspon
     # Frames and sound of these clips are not decodable at all.
     features = Dataset.open(str(write_features(tmp_path / "f", {"train": 5})), FEATURES)
     (unit,) = row_group_units(features)
-    table, rejects = MeasureWorker(features, None).process(unit)
+    table, rejects = MeasureWorker(features, None).process(unit, lambda: None)
     assert table.num_rows == 5
     assert not rejects.num_rows
     for name in ("semantic", "temporal", "reward", "offset_s", "reward_invalid"):
