@@ -16,9 +16,9 @@ from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
-from pipelines.data.media_index import off_its_index
+from pipelines.data.media_avi import AviPlaces
 from pipelines.data.media_size import refused_size
-from pipelines.data.media_tracks import AUDIO_MARGIN_S, PictureTrack, Skipped, SoundTrack, WindowClock
+from pipelines.data.media_tracks import PictureTrack, Skipped, SoundTrack, WindowClock
 from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
 from pipelines.errors import MediaError
 
@@ -101,7 +101,8 @@ def _find_video(container: InputContainer, max_pixels: int) -> VideoStream:
     if pixels > max_pixels:
         size = f"{stream.codec_context.width}x{stream.codec_context.height}"
         raise MediaError("too_large", f"{size} is more than {max_pixels} pixels")
-    stream.codec_context.options = {"max_pixels": str(max_pixels)}
+    # A decoder that makes up what is damaged shows a picture that never was: it has to say so instead.
+    stream.codec_context.options = {"max_pixels": str(max_pixels), "err_detect": "explode"}
     return stream
 
 
@@ -247,8 +248,6 @@ class _WindowReader:
         self._clock = WindowClock(_origin(self._container) + Fraction(request.start_s))
         self._picture = PictureTrack(self._video, self._clock, request, skip=skip) if self._video is not None else None
         self._sound = SoundTrack(self._audio, self._clock, request) if self._audio is not None else None
-        # An avi has no time stamps: frames are counted as they are met.
-        self._is_counted = "avi" in self._container.format.name
         self._broken: str | None = None
 
     def read(self) -> DecodedWindow | None:
@@ -282,7 +281,12 @@ class _WindowReader:
 
     def _packets(self) -> Iterator[Packet]:
         """Packets of the tracks that are wanted, in the file's order, up to its end or to where it cannot be read."""
-        packets = self._container.demux([s for s in (self._video, self._audio) if s is not None])
+        wanted = [s for s in (self._video, self._audio) if s is not None]
+        zero, margin_s = self._clock.zero, Fraction(SEEK_MARGIN_S)
+        places = None
+        if self._container.format.name == "avi":
+            places = AviPlaces(wanted, zero - margin_s, zero + Fraction(self._request.duration_s) + margin_s)
+        packets = self._container.demux(wanted)
         while True:
             try:
                 packet = next(packets, None)
@@ -291,15 +295,9 @@ class _WindowReader:
                 return
             if packet is None:
                 return
-            if self._is_counted and self._is_near(packet) and off_its_index(packet):
-                raise MediaError("truncated", f"{packet.stream.type} after damage: its times cannot be told any more")
+            if places is not None and places.is_displaced(packet):
+                raise MediaError("truncated", "parts before this window are lost, so that its time is not known")
             yield packet
-
-    def _is_near(self, packet: Packet) -> bool:
-        """Whether a packet claims a time up to the end of the window and of the sound beside it."""
-        if packet.dts is None or packet.time_base is None:
-            return False
-        return self._clock.time_s(packet.dts, packet.time_base) <= self._request.duration_s + AUDIO_MARGIN_S
 
     def _finish(self) -> DecodedWindow:
         request = self._request
