@@ -5,7 +5,6 @@ planned, sorted and written; then half of its units are said to be done, and wha
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,12 @@ def write_manifest(path: Path, rows: int) -> None:
             file.write(f'videos/{name % 100:02d}/v{name:010d}_000030.mp4,{i % 3}.5,"{caption} {i}",{split}\n')
 
 
+def peak_rss_mb() -> float:
+    """Of this program; getrusage would give the parent's too, from before the exec."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1000
+
+
 def measure(manifest: str) -> None:
     """Do it, and print CPU seconds of each step and the peak RSS in MB."""
     from pipelines.data.commits import done_units
@@ -37,7 +42,7 @@ def measure(manifest: str) -> None:
     from pipelines.data.preprocess import planned_rows
     from pipelines.data.storage import open_folder
 
-    base_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    base_mb = peak_rss_mb()
     marks = [time.process_time()]
     entries = read_entries(manifest)
     marks.append(time.process_time())
@@ -54,7 +59,7 @@ def measure(manifest: str) -> None:
         todo = [index for index, name in enumerate(units.names) if name not in done]
         resume_s = time.process_time() - before
         assert len(todo) == len(units.names) // 2
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    peak_mb = peak_rss_mb()
     steps = [b - a for a, b in pairwise(marks)]
     print(len(plan), *steps, resume_s, base_mb, peak_mb, fingerprint)
 

@@ -173,7 +173,9 @@ class EntryBuilder:
         first = _first_of_each(table)
         num_repeated = table.num_rows - len(first)
         return Entries(
-            table=table.take(pa.array(first)) if num_repeated else table, num_repeated=num_repeated, kind=kind
+            table=table.combine_chunks().take(pa.array(first)) if num_repeated else table,
+            num_repeated=num_repeated,
+            kind=kind,
         )
 
     def _flush(self) -> None:
@@ -189,8 +191,8 @@ class EntryBuilder:
 
 def file_codes(table: pa.Table) -> np.ndarray:
     """int64 [rows]: a number for every file of a table with `uri` and `offset`; each member of a tar is one."""
-    encoded = table["uri"].dictionary_encode().unify_dictionaries()
-    codes = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks]).astype(np.int64)
+    # In one piece: over many chunks the dictionary would be made anew with each of them.
+    codes = table["uri"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
     if table["offset"].null_count == table.num_rows:
         return codes
     offsets = table["offset"].fill_null(-1).to_numpy()

@@ -113,17 +113,16 @@ def plan_windows(
         InputError: two entries give the same key; both are named.
     """
     table = entries.table
-    sources = pa.chunked_array(_sources(table))
+    sources = pa.concat_arrays(_sources(table))
     planned = _first_windows(table, clip_s)
     if windows != "first":
         planned = _more_windows(table, planned, sources, clip_s, hop_s or clip_s, windows == "scenes", surveyed or {})
     keys = _keys(table, planned)
     order = _checked_order(table, planned, keys)
     rows = pa.array(planned.rows[order])
-    columns = {name: table[name] for name in _COPIED}
-    if planned.problems:
-        columns |= _with_problems(table, planned.problems)
-    columns = {name: column.take(rows) for name, column in columns.items()}
+    changed = _with_problems(table, planned.problems) if planned.problems else {}
+    # Each in one piece: taking rows out of many chunks costs a search a row.
+    columns = {name: changed.get(name, table[name]).combine_chunks().take(rows) for name in _COPIED}
     columns["clip_id"] = keys.take(pa.array(order))
     columns["source"] = sources.take(rows)
     columns["start_s"] = pa.array(planned.starts_s[order])
@@ -182,7 +181,7 @@ def _first_windows(table: pa.Table, clip_s: float) -> _Windows:
 def _more_windows(
     table: pa.Table,
     first: _Windows,
-    sources: pa.ChunkedArray,
+    sources: pa.Array,
     clip_s: float,
     hop_s: float,
     scenes: bool,
@@ -237,7 +236,7 @@ def _scene_starts(shots: list[tuple[float, float]], clip_s: float, hop_s: float)
     return found
 
 
-def _keys(table: pa.Table, planned: _Windows) -> pa.ChunkedArray:
+def _keys(table: pa.Table, planned: _Windows) -> pa.Array:
     """The key of every window: the stem, and the start in ms where the file gives more than one window."""
     files = file_codes(table)
     windows_of = np.bincount(files[planned.rows])
@@ -254,10 +253,10 @@ def _keys(table: pa.Table, planned: _Windows) -> pa.ChunkedArray:
             for row, one, start in zip(rows.tolist(), is_one.tolist(), starts_s, strict=True)
         ]
         found.append(pa.array(keys, pa.large_string()))
-    return pa.chunked_array(found, pa.large_string())
+    return pa.concat_arrays(found)
 
 
-def _checked_order(table: pa.Table, planned: _Windows, keys: pa.ChunkedArray) -> np.ndarray:
+def _checked_order(table: pa.Table, planned: _Windows, keys: pa.Array) -> np.ndarray:
     """int64 [W]: the windows sorted by split and key.
 
     Raises:
