@@ -16,7 +16,7 @@ from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
-from pipelines.data.media_avi import AviPlaces
+from pipelines.data.media_avi import MAX_LOST_S, AviPlaces, lost_s
 from pipelines.data.media_size import refused_size
 from pipelines.data.media_tracks import PictureTrack, Skipped, SoundTrack, WindowClock
 from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
@@ -285,6 +285,8 @@ class _WindowReader:
         zero, margin_s = self._clock.zero, Fraction(SEEK_MARGIN_S)
         places = None
         if self._container.format.name == "avi":
+            if self._video is not None and lost_s(self._video) > MAX_LOST_S:
+                raise MediaError("truncated", "the index of the AVI has holes, so that no time is known")
             places = AviPlaces(wanted, zero - margin_s, zero + Fraction(self._request.duration_s) + margin_s)
         packets = self._container.demux(wanted)
         while True:

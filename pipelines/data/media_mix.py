@@ -22,10 +22,15 @@ CHANNEL_WEIGHTS = {
 }
 """Share of a channel in (left + right) / 2, before scaling."""
 
+USUAL_LAYOUTS = {6: "5.1", 8: "7.1"}
+"""What so many channels are where the file does not say; PCM in Matroska never does."""
+
 
 def mono_weights(layout: AudioLayout) -> np.ndarray:
     """float64 [channels], sum 1; equal ones where a channel has no place in the room or nothing but bass is left."""
     names = [channel.name for channel in layout.channels]
+    if set(names) == {"NONE"} and layout.nb_channels in USUAL_LAYOUTS:
+        names = [channel.name for channel in AudioLayout(USUAL_LAYOUTS[layout.nb_channels]).channels]
     known = len(names) == layout.nb_channels and all(name in CHANNEL_WEIGHTS for name in names)
     weights = np.array([CHANNEL_WEIGHTS[name] for name in names]) if known else np.zeros(1)
     if not weights.sum():
