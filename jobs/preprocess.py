@@ -45,6 +45,8 @@ class Options:
     """Longest time that a worker may take for one clip in all, after which it is killed and replaced."""
     max_pixels: int = 4096 * 2304
     """Largest picture that is decoded, width x height."""
+    max_file_s: float | None = None
+    """Length of a file from which it is rejected as too_long; by default any length is taken, in constant memory."""
     max_reject_rate: float = 0.05
     """Share of rejected clips (missing files not counted) above which the job ends with exit code 4."""
 
@@ -56,6 +58,7 @@ class Options:
         cli.require(self.decode_timeout_s > 0, f"--decode-timeout-s must be positive, got {self.decode_timeout_s}")
         enough_s = 3 * self.decode_timeout_s
         cli.require(self.stall_timeout_s >= enough_s, f"--stall-timeout-s must be at least {enough_s:g}: 3 decodings")
+        cli.require(self.max_file_s is None or self.max_file_s > 0, f"--max-file-s is {self.max_file_s}, not above 0")
         cli.require(self.max_pixels > 0, f"--max-pixels must be positive, got {self.max_pixels}")
         cli.require(0 <= self.max_reject_rate <= 1, f"--max-reject-rate is {self.max_reject_rate}, not in 0 .. 1")
         cli.require(self.gpus_per_worker >= 0, f"--gpus-per-worker must be 0 or more, got {self.gpus_per_worker}")
@@ -89,6 +92,7 @@ def main(options: Options) -> int:
         windows=options.windows,
         hop_s=options.hop_s,
         max_pixels=options.max_pixels,
+        max_file_s=options.max_file_s,
         timeout_s=options.decode_timeout_s,
         weights=options.weights,
     )

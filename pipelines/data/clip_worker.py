@@ -93,6 +93,7 @@ class ClipWorker:
             audio_rate_hz=self._spec.sample_rate_hz,
             audio_samples=self._spec.num_samples,
             max_pixels=self._settings.max_pixels,
+            max_file_s=self._settings.max_file_s,
         )
         if row["sound_uri"] is None:
             with self._sources.open(row["uri"], row["offset"], row["size_bytes"]) as media:
@@ -103,7 +104,10 @@ class ClipWorker:
         with self._sources.open(row["sound_uri"], row["sound_offset"], row["sound_size_bytes"]) as media:
             sound = self._decoder.decode(media.path, replace(request, grids=()))
             sha256 = hashlib.sha256(f"{sha256} {media.sha256}".encode()).hexdigest()
-        return sha256, replace(sound, frames=picture.frames, valid_s=min(picture.valid_s, sound.valid_s))
+        heard = sound.source
+        source = replace(picture.source, rate_hz=heard.rate_hz, channels=heard.channels)
+        valid_s = min(picture.valid_s, sound.valid_s)
+        return sha256, replace(sound, frames=picture.frames, valid_s=valid_s, source=source)
 
     def _make_row(self, row: Mapping[str, Any], source_sha256: str, window: DecodedWindow) -> dict[str, Any]:
         wave = wave_of(window, self._spec.sample_rate_hz, self._spec.num_samples)
@@ -120,7 +124,9 @@ class ClipWorker:
             "events": shift_events(row["events"], row["start_s"], self._spec.duration_s),
             "frames": [encode_jpeg(frame) for frame in frames[self._frames]],
             "audio": encode_flac(wave, self._spec.sample_rate_hz),
-            "measures": measure_clip(wave, self._spec.sample_rate_hz, frames[self._frames], self._spec.frames_rate_hz),
+            "measures": measure_clip(
+                wave, self._spec.sample_rate_hz, frames[self._frames], self._spec.frames_rate_hz, window.source
+            ),
             **self._encode(frames, row["caption"], wave),
         }
 

@@ -64,6 +64,7 @@ def answer(message: dict[str, Any]) -> tuple[dict[str, Any], list[memoryview]]:
         "valid_s": window.valid_s,
         "audio_rate_hz": window.audio_rate_hz,
         "audio_margin": window.audio_margin,
+        "source": dataclasses.asdict(window.source),
     }
     arrays = [*window.frames, *([] if window.audio is None else [window.audio])]
     return header, [array.data.cast("B") for array in arrays]

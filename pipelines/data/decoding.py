@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
+from pipelines.data.window import DecodedWindow, MediaInfo, SourceFormat, WindowRequest
 from pipelines.errors import MediaError
 
 MAX_ATTEMPTS = 2
@@ -34,6 +34,7 @@ MAX_ATTEMPTS = 2
 RETRIED_REASONS = frozenset({"decoder_crash", "timeout"})
 MAX_HEADER_BYTES = 1 << 20
 MAX_RATE_HZ = 192_000
+MAX_SOURCE_NUMBER = 10_000_000
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -233,6 +234,16 @@ def _payload_bytes(header: Mapping[str, Any], request: WindowRequest | None) -> 
     return frames + 4 * _audio_length(header, request)
 
 
+def _source_format(found: Mapping[str, Any]) -> SourceFormat:
+    """Numbers as they have to be, from a child that is not trusted; what is no sane one is unknown."""
+    whole = {
+        name: value if isinstance(value := found.get(name), int) and 0 < value < MAX_SOURCE_NUMBER else None
+        for name in ("width", "height", "rate_hz", "channels")
+    }
+    fps = found.get("fps")
+    return SourceFormat(**whole, fps=fps if isinstance(fps, float) and 0 < fps < MAX_SOURCE_NUMBER else None)
+
+
 def _window(header: Mapping[str, Any], payload: memoryview, request: WindowRequest) -> DecodedWindow:
     frames, offset = [], 0
     for grid in request.grids:
@@ -250,4 +261,5 @@ def _window(header: Mapping[str, Any], payload: memoryview, request: WindowReque
         audio_rate_hz=int(header["audio_rate_hz"]),
         audio_margin=int(header["audio_margin"]),
         valid_s=float(header["valid_s"]),
+        source=_source_format(header["source"]),
     )

@@ -8,10 +8,11 @@ these numbers (`pipelines.curation`), without decoding again.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from pipelines.data.window import SourceFormat
 
 BLOCK_S = 0.05
 SILENT_DB = -60.0
@@ -24,18 +25,6 @@ CUT_PX = 32
 STATIC_CELLS = 16
 STATIC_LEVEL = 2
 """Steps of 255 that the mean of a cell (a sixteenth of a side) may change by compression alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceFormat:
-    """What the reader can tell of the file's own streams; None where it cannot."""
-
-    width: int | None = None
-    height: int | None = None
-    fps: float | None = None
-    rate_hz: int | None = None
-    channels: int | None = None
-
 
 UNKNOWN_SOURCE = SourceFormat()
 

@@ -19,7 +19,7 @@ from av.video.stream import VideoStream
 from pipelines.data.media_avi import MAX_LOST_S, AviPlaces, lost_s
 from pipelines.data.media_size import refused_size
 from pipelines.data.media_tracks import PictureTrack, Skipped, SoundTrack, WindowClock
-from pipelines.data.window import DecodedWindow, MediaInfo, WindowRequest
+from pipelines.data.window import DecodedWindow, MediaInfo, SourceFormat, WindowRequest
 from pipelines.errors import MediaError
 
 FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "wav", "flac", "mp3", "ogg")
@@ -236,6 +236,23 @@ def _is_cut_riff(file: IO[bytes]) -> bool:
     return position > end
 
 
+def _check_length(container: InputContainer, max_file_s: float | None) -> None:
+    length_s = (container.duration or 0) / 1_000_000
+    if max_file_s is not None and length_s > max_file_s:
+        raise MediaError("too_long", f"{length_s:.1f} s by its header, {max_file_s:g} s are allowed")
+
+
+def _source_format(video: VideoStream | None, audio: AudioStream | None) -> SourceFormat:
+    rate = video.average_rate if video is not None else None
+    return SourceFormat(
+        width=video.codec_context.width if video is not None else None,
+        height=video.codec_context.height if video is not None else None,
+        fps=float(rate) if rate else None,
+        rate_hz=audio.codec_context.sample_rate if audio is not None else None,
+        channels=audio.codec_context.layout.nb_channels if audio is not None else None,
+    )
+
+
 class _WindowReader:
     """One pass over one file."""
 
@@ -243,6 +260,7 @@ class _WindowReader:
         self._request = request
         self._seek = seek
         self._container = open_media(file, request.max_pixels)
+        _check_length(self._container, request.max_file_s)
         self._video = _find_video(self._container, request.max_pixels) if request.grids else None
         self._audio = _find_audio(self._container) if request.audio_samples else None
         self._clock = WindowClock(_origin(self._container) + Fraction(request.start_s))
@@ -320,6 +338,7 @@ class _WindowReader:
             audio_rate_hz=self._sound.rate_hz if self._sound is not None else 0,
             audio_margin=self._sound.margin if self._sound is not None else 0,
             valid_s=valid_s,
+            source=_source_format(self._video, self._audio),
         )
 
     def _incomplete(self, stream: Stream, real_s: float, wanted_s: float, broken: str | None) -> MediaError:

@@ -91,6 +91,7 @@ def plan_windows(
     windows: WindowChoice = "first",
     hop_s: float | None = None,
     surveyed: Mapping[str, FileSurvey] | None = None,
+    max_file_s: float | None = None,
 ) -> pa.Table:
     """One row a window, sorted by split and key.
 
@@ -105,6 +106,7 @@ def plan_windows(
         windows: which windows.
         hop_s: seconds between the starts of windows (default: `clip_s`).
         surveyed: what is known of the files, by `source` (see `files_to_survey`); `first` needs nothing.
+        max_file_s: length of a surveyed file from which it becomes one reject, `too_long`; None: any.
 
     Returns:
         A table of `PLAN_SCHEMA`.
@@ -116,6 +118,7 @@ def plan_windows(
     sources = pa.concat_arrays(_sources(table))
     planned = _first_windows(table, clip_s)
     if windows != "first":
+        planned = _refuse_long(planned, sources, surveyed or {}, max_file_s)
         planned = _more_windows(table, planned, sources, clip_s, hop_s or clip_s, windows == "scenes", surveyed or {})
     keys = _keys(table, planned)
     order = _checked_order(table, planned, keys)
@@ -176,6 +179,21 @@ def _first_windows(table: pa.Table, clip_s: float) -> _Windows:
         int(i): ("too_short", f"the manifest gives it {durations[i]:g} s, a clip takes {clip_s:g} s") for i in short
     }
     return _Windows(np.arange(table.num_rows), table["start_s"].to_numpy(), problems)
+
+
+def _refuse_long(
+    planned: _Windows, sources: pa.Array, surveyed: Mapping[str, FileSurvey], max_file_s: float | None
+) -> _Windows:
+    """The same, with a problem for every entry whose file is longer than allowed."""
+    long = {source: s.length_s for source, s in surveyed.items() if max_file_s and (s.length_s or 0.0) > max_file_s}
+    if not long:
+        return planned
+    problems = {
+        row: ("too_long", f"{long[source]:.1f} s by its header, {max_file_s:g} s are allowed")
+        for row, source in enumerate(sources.to_pylist())
+        if source in long
+    }
+    return _Windows(planned.rows, planned.starts_s, {**problems, **planned.problems})
 
 
 def _more_windows(

@@ -124,6 +124,7 @@ def _plan(out: str, entries: Entries, settings: PreprocessSettings, pool: Pool) 
         windows=settings.windows,
         hop_s=settings.hop_s,
         surveyed=surveyed,
+        max_file_s=settings.max_file_s,
     )
 
 

@@ -21,6 +21,8 @@ class PreprocessSettings:
     windows: WindowChoice = "first"
     hop_s: float | None = None
     max_pixels: int = 4096 * 2304
+    max_file_s: float | None = None
+    """Length of a file from which it is `too_long`; None: any."""
     timeout_s: float = 60.0
     """Of one clip's decoding; not part of the fingerprint, like all that depends on the machine."""
     weights: str | None = None
@@ -43,5 +45,6 @@ class PreprocessSettings:
             "windows": self.windows,
             "hop_s": None if self.windows == "first" else self.hop_s,
             "max_pixels": self.max_pixels,
+            "max_file_s": self.max_file_s,
             "method": METHOD,
         }

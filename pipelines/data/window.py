@@ -44,6 +44,19 @@ class WindowRequest:
     max_pixels: int
     max_missing: float = 0.05
     """Share of the window that may be padded."""
+    max_file_s: float | None = None
+    """Length of a file from which it is `too_long`; None: any."""
+
+
+@dataclass(frozen=True)
+class SourceFormat:
+    """What the reader can tell of the file's own streams; None where it cannot, or was not asked for that stream."""
+
+    width: int | None = None
+    height: int | None = None
+    fps: float | None = None
+    rate_hz: int | None = None
+    channels: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +71,7 @@ class DecodedWindow:
     audio_margin: int
     """A whole number of samples at the wanted rate too."""
     valid_s: float
+    source: SourceFormat = SourceFormat()
 
 
 @dataclass(frozen=True, kw_only=True)

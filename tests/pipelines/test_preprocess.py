@@ -240,3 +240,28 @@ def test_the_sound_of_a_sibling_file_is_taken(tmp_path: Path) -> None:
     wave = decode_flac(made.read(["audio"])["audio"][0].as_py())
     spectrum = np.abs(np.fft.rfft(wave))
     assert np.argmax(spectrum) * 16_000 / len(wave) == pytest.approx(1000.0, abs=1.0)
+
+
+@pytest.mark.parametrize("windows", ["first", "all"])
+def test_a_file_longer_than_allowed_is_one_reject(tmp_path: Path, windows: str) -> None:
+    simple_clip(tmp_path / "short.mp4", 5.0)
+    simple_clip(tmp_path / "long.mp4", 10.0)
+    made = make(tmp_path, "video\nshort.mp4\nlong.mp4\n", windows=windows, max_file_s=6.0)
+    assert rejected(made) == {"long": "too_long"}
+    assert "10.0 s by its header, 6 s are allowed" in made.read_rejects()["detail"][0].as_py()
+    assert made.num_rows() == (1 if windows == "first" else 2)
+
+
+def test_a_row_tells_of_the_streams_it_came_from(tmp_path: Path) -> None:
+    frames = [np.full((48, 80, 3), level, np.uint8) for level in range(50, 130)]
+    stereo = np.concatenate([tone(3.2, 44_100), tone(3.2, 44_100, 660.0)])
+    write_clip(tmp_path / "a.mkv", frames, stereo, rate_hz=44_100, layout="stereo", audio_codec="flac")
+    (measured,) = make(tmp_path, "video\na.mkv\n").read(["measures"])["measures"].to_pylist()
+    told = {name: value for name, value in measured.items() if name.startswith("source_")}
+    assert told == {
+        "source_width": 80,
+        "source_height": 48,
+        "source_fps": 25.0,
+        "source_rate_hz": 44_100,
+        "source_channels": 2,
+    }
