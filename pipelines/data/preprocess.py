@@ -41,7 +41,7 @@ from pipelines.frozen import FrozenNetworks, open_frozen
 from pipelines.stage import StageContext, run_stage
 
 STAGE = "preprocess"
-METHOD = 1
+METHOD = 2
 """Raised when the same options would give other bytes; part of the fingerprint."""
 JPEG_QUALITY = 90
 
