@@ -264,7 +264,10 @@ class _WindowReader:
         self._video = _find_video(self._container, request.max_pixels) if request.grids else None
         self._audio = _find_audio(self._container) if request.audio_samples else None
         self._clock = WindowClock(_origin(self._container) + Fraction(request.start_s))
-        self._picture = PictureTrack(self._video, self._clock, request, skip=skip) if self._video is not None else None
+        self._is_avi = self._container.format.name == "avi"
+        self._picture = None
+        if self._video is not None:
+            self._picture = PictureTrack(self._video, self._clock, request, skip=skip, timed=not self._is_avi)
         self._sound = SoundTrack(self._audio, self._clock, request) if self._audio is not None else None
         self._broken: str | None = None
 
@@ -302,7 +305,7 @@ class _WindowReader:
         wanted = [s for s in (self._video, self._audio) if s is not None]
         zero, margin_s = self._clock.zero, Fraction(SEEK_MARGIN_S)
         places = None
-        if self._container.format.name == "avi":
+        if self._is_avi:
             if self._video is not None and lost_s(self._video) > MAX_LOST_S:
                 raise MediaError("truncated", "the index of the AVI has holes, so that no time is known")
             places = AviPlaces(wanted, zero - margin_s, zero + Fraction(self._request.duration_s) + margin_s)

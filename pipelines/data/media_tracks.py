@@ -7,6 +7,7 @@ what cannot matter is not decoded: frames that no grid shows and nothing builds 
 import math
 from collections.abc import Iterable
 from fractions import Fraction
+from heapq import heappop, heappush
 
 import av
 import numpy as np
@@ -62,8 +63,14 @@ class WindowClock:
 class PictureTrack:
     """The frames of the window, on every grid that is wanted."""
 
-    def __init__(self, stream: VideoStream, clock: WindowClock, request: WindowRequest, *, skip: bool) -> None:
-        """With `skip`, frames that are not shown are not decoded where the codec allows; else all are."""
+    def __init__(
+        self, stream: VideoStream, clock: WindowClock, request: WindowRequest, *, skip: bool, timed: bool = True
+    ) -> None:
+        """With `skip`, frames that are not shown are not decoded where the codec allows; else all are.
+
+        Not `timed` is a container that only counts pictures (AVI): each one that comes out is given the earliest
+        decoding time that is left, since FFmpeg's guesses of presentation times are wrong by the reordering.
+        """
         self._stream = stream
         self._clock = clock
         self._request = request
@@ -83,7 +90,8 @@ class PictureTrack:
         self._spoiled: str | None = None
         self._ended = False
         # Without reordering, every frame is one that others build on.
-        able = stream.codec_context.name in SKIPPING_CODECS and stream.codec_context.has_b_frames
+        self._times_left: list[int] | None = None if timed else []
+        able = timed and stream.codec_context.name in SKIPPING_CODECS and stream.codec_context.has_b_frames
         self._plan: FramePlan[Packet] | None = FramePlan(request.grids, tolerance_s) if skip and able else None
         self._skipping = False
         self.broken: str | None = None
@@ -163,6 +171,8 @@ class PictureTrack:
             raise Skipped(f"{len(self._expected)} frames did not come out")
 
     def _decode(self, packet: Packet | None) -> None:
+        if self._times_left is not None and packet is not None and packet.size and packet.dts is not None:
+            heappush(self._times_left, packet.dts)
         try:
             frames = self._stream.codec_context.decode(None) if packet is None else packet.decode()
         except MemoryError as error:
@@ -173,7 +183,7 @@ class PictureTrack:
             self._damaged(None if packet is None else packet.pts, error)
             return
         if packet is not None and packet.is_keyframe:
-            self._spoiled = None
+            self._spoiled = None if self._times_left is None else self._spoiled
         self._take(frames)
 
     def _damaged(self, pts: int | None, error: av.FFmpegError) -> None:
@@ -207,6 +217,8 @@ class PictureTrack:
 
     def _time_of(self, frame: Frame) -> float:
         pts = frame.pts if frame.pts is not None else frame.dts
+        if self._times_left:
+            pts = heappop(self._times_left)
         if pts is None:
             return 0.0 if self._first_s is None else self._last_s + self._frame_s
         return self._clock.time_s(pts, frame.time_base or self._time_base)

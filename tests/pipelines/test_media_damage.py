@@ -140,7 +140,9 @@ def long_clip(path: Path, hours: int, video_codec: str = "libx264") -> Path:
 SLOW_GRID = FrameGrid(rate_hz=1, size_px=64, fit="stretch", num_frames=8)
 
 
-@pytest.mark.parametrize(("name", "codec"), [("long.mov", "libx264"), ("long.webm", "libvpx")])
+@pytest.mark.parametrize(
+    ("name", "codec"), [("long.mov", "libx264"), pytest.param("long.webm", "libvpx", marks=pytest.mark.slow)]
+)
 def test_fault_06_windows_anywhere_in_a_long_file_cost_bounded_memory(tmp_path: Path, name: str, codec: str) -> None:
     path = long_clip(tmp_path / name, 1 if codec == "libvpx" else 3, codec)
     last_s = (3 if codec == "libx264" else 1) * 3600 - 9

@@ -1,6 +1,7 @@
 """Flash and beep in every container and codec that the wheel can write and the reader accepts.
 
-A pair is left out when FFmpeg's table says that the container does not hold the codec, and for nothing else.
+A pair is left out when FFmpeg's table says that the container does not hold the codec, or when its muxer is listed
+below as one that does not keep that promise, and for nothing else.
 """
 
 from functools import cache
@@ -34,13 +35,14 @@ AUDIO = {
     "eac3": "eac3",
 }
 """Encoders of the wheel and what they write. Its Vorbis is experimental and its DTS too: they are read, not written."""
-NOT_HELD_BY_AVI = {"hevc", "opus"}
+WRITTEN_WRONG = {("mov", "opus"), ("mov", "flac"), ("mov", "vp8"), ("mov", "vp9"), ("mov", "av1"), ("avi", "eac3")}
+"""What the muxer's table promises and the muxer then refuses (mov), or gives a wrong rate (E-AC-3 in AVI)."""
 
 
 @cache
 def supported(container: str) -> frozenset[str]:
     with av.open("/dev/null", "w", format=CONTAINERS[container]) as out:
-        return frozenset(out.supported_codecs)
+        return frozenset(codec for codec in out.supported_codecs if (container, codec) not in WRITTEN_WRONG)
 
 
 def pairs() -> list[tuple[str, str, str]]:
