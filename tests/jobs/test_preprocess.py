@@ -33,7 +33,7 @@ def test_the_preset_and_the_flags_give_the_options(tmp_path: Path) -> None:
     "flags",
     [
         ["--out", "x"],
-        ["--out", "x", "--manifest", "a.csv", "--videos", "b"],
+        ["--out", "x", "--videos", "b", "--stall-timeout-s", "1"],
         ["--manifest", "a.csv"],
         ["--out", "x", "--videos", "b", "--hop-s", "1"],
         ["--out", "x", "--videos", "b", "--windows", "all", "--hop-s", "0"],
