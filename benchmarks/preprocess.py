@@ -345,12 +345,12 @@ def main() -> None:
         cpu = cpu_row((part, whole), scratch, windows)
         once = windows[:: options.repeats][:64]
         stages, cpu["peak child MiB"] = stage_rows(once)
+        show("CPU of parent and child, one process each", [cpu], None)
+        show("where the time goes", stages, None)
         reader = decode_rows(once)
+        show("the reader against the bare loop", reader, None)
         rows = [] if options.no_ray else measure_pools(whole[0], scratch, windows, options.workers)
-    show("CPU of parent and child, one process each", [cpu], None)
-    show("the reader against the bare loop", reader, None)
-    show("where the time goes", stages, None)
-    show("preprocess", rows or [cpu], options.json, {"cpu": cpu, "reader": reader, "stages": stages})
+        show("preprocess", rows or [cpu], options.json, {"cpu": cpu, "reader": reader, "stages": stages})
 
 
 def measure_pools(manifest: str, scratch: str, windows: Sequence[Window], workers: int) -> list[dict[str, object]]:
