@@ -188,7 +188,7 @@ def test_folders_with_nothing_a_wrong_name_or_a_kind_twice_are_refused(tmp_path:
     for generated, reference in ((tmp_path / "none", None), (made, tmp_path / "none")):
         with pytest.raises(InputError, match="none holds no external file"):
             files_in(str(generated), reference and str(reference))
-    with pytest.raises(InputError, match="cannot be listed"):
+    with pytest.raises(InputError, match="is a file; give another one"):
         files_in(str(made / "panns_logits.npz"))
     write_external(made / "panns_logits.parquet", clip_names(4), VALUES)
     with pytest.raises(InputError, match="panns_logits twice"):
