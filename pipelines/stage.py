@@ -20,14 +20,14 @@ from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, Literal
 
-from pipelines.data.lease import Lease, acquire
+from pipelines.data.lease import LEASE_FOLDER, Lease, acquire
 from pipelines.data.storage import Folder, open_folder
 from pipelines.data.store import MANIFEST, STORE_VERSION
 from pipelines.errors import InputError, StageConflict
 from pipelines.tracking import SilentTracker, Tracker, open_tracker
 
 STARTED = "stage.json"
-OWN_NAMES = frozenset({STARTED, "config.yaml", "metrics.jsonl", "journal", "lease"})
+OWN_NAMES = frozenset({STARTED, "config.yaml", "metrics.jsonl", "journal", LEASE_FOLDER})
 
 Outcome = Literal["run", "resume", "skip"]
 
@@ -157,6 +157,8 @@ def run_stage(
                     lease=lease,
                 )
                 _carry_out(context, body, track)
+        # What is finished is guarded by its manifest.
+        folder.delete_flat(LEASE_FOLDER)
     if outcome == "skip":
         say(f"{name}: skip, {folder.uri} is complete (fingerprint {fingerprint[:12]})")
     else:

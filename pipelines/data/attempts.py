@@ -29,9 +29,3 @@ def begin(folder: Folder, unit_id: str, run_id: str) -> None:
             "the cause in the workers' logs (memory?), then run the same command again"
         )
     folder.write_bytes(name, json.dumps({"run": run_id, "count": count + 1}).encode())
-
-
-def forget(folder: Folder) -> None:
-    """Remove all counts: every unit is done."""
-    for name in folder.list_names(ATTEMPTS):
-        folder.delete(f"{ATTEMPTS}/{name}")

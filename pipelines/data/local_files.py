@@ -99,6 +99,11 @@ class LocalFiles:
         with _translated(path):
             Path(path).unlink(missing_ok=True)
 
+    def remove_empty(self, path: str) -> None:
+        """Remove a folder that holds nothing; one that does, or is not there, stays as it is."""
+        with contextlib.suppress(OSError):
+            Path(path).rmdir()
+
     def remove_temporaries(self, path: str) -> int:
         """Delete what writers that were killed left directly in a folder; how many files that were."""
         removed = 0

@@ -121,6 +121,9 @@ class ObjectStore:
         bucket, key = _split(path)
         retried(lambda: _client().delete_object(Bucket=bucket, Key=key), f"s3://{path}")
 
+    def remove_empty(self, path: str) -> None:
+        """Nothing: an object store has no folders."""
+
     def remove_temporaries(self, path: str) -> int:
         """Nothing is ever half visible here."""
         return 0

@@ -132,6 +132,12 @@ class Folder:
         """Delete a file; none is no error."""
         self.store.delete(self.join(name))
 
+    def delete_flat(self, name: str) -> None:
+        """Delete a folder and the files directly in it; what holds folders, or is not there, stays as it is."""
+        for file in self.list_infos(name):
+            self.delete(f"{name}/{file}")
+        self.store.remove_empty(self.join(name))
+
     def remove_temporaries(self, name: str = "") -> int:
         """Delete what killed writers left half written directly under `name`; how many files that were.
 

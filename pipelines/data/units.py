@@ -199,7 +199,7 @@ def run_units(
     open_units = set(names) - done_units(open_folder(out))
     if open_units:
         raise RuntimeError(f"{out}: {len(open_units)} units have no part, {min(open_units)} among them")
-    attempts.forget(open_folder(out))
+    open_folder(out).delete_flat(attempts.ATTEMPTS)
 
 
 def _nobody_waits() -> None:

@@ -2,7 +2,6 @@
 
 import math
 import os
-from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from pipelines.data.entries import Piece
 from pipelines.data.names import clip_key
 from pipelines.data.plan import (
+    CUT_S,
     PLAN_SCHEMA,
     SURVEY_SCHEMA,
     FileSurvey,
@@ -66,10 +66,11 @@ def test_windows_of_scenes_begin_at_their_shots_and_cross_no_cut() -> None:
     def plan(video: str, **fields: Any) -> list[tuple[str, float]]:
         return keys({"video": video, **fields}, windows="scenes", surveyed=known)
 
-    assert plan("a.mp4") == [("a#0", 0.0), ("a#4000", 4.0), ("a#6500", 6.5), ("a#9000", 9.0)]
+    # A shot ends an eighth of a second before the cut is seen: 6.5 to 9.0 might hold the first picture of the next.
+    assert plan("a.mp4") == [("a#0", 0.0), ("a#4000", 4.0), ("a#9000", 9.0)]
     assert plan("a.mp4", start_s=3.5, duration_s=5.4) == [("a", 4.0)]
     # The last shot lacks 2 and 4 % of a clip, which is padded; across an inner cut nothing is.
-    assert plan("d.mp4") == [("d#0", 0.0), ("d#2500", 2.5)]
+    assert plan("d.mp4") == [("d", 2.5)]
     assert plan("c.mp4") == [("c#0", 0.0), ("c#2500", 2.5)]
     assert plan("unknown.mp4") == [("unknown", 0.0)]
     table = plan_windows(entries_of({"video": "b.mp4"}), clip_s=2.5, windows="scenes", surveyed=known)
@@ -115,11 +116,11 @@ def test_windows_lie_inside_their_part_and_their_shot_and_none_is_left_out(
         return
     inner = [c for c in sorted(cuts) if start_s < c < end_s]
     assert all(start + clip_s <= end_s + max(0.001, 0.05 * clip_s) + 1e-9 for start in found)
-    assert not [(s, c) for s in found for c in inner if s < c < s + clip_s - 0.0011]
+    assert not [(s, c) for s in found for c in inner if s < c < s + clip_s + CUT_S - 0.0011]
     # Every shot that holds a whole clip gives one from its first picture.
-    edges = [start_s, *inner, end_s]
+    shots = zip([start_s, *inner], [*(c - CUT_S for c in inner), end_s], strict=True)
     if duration_s is None or duration_s >= 0.95 * clip_s:
-        assert all(a in found for a, b in pairwise(edges) if b - a >= clip_s)
+        assert all(a in found for a, b in shots if b - a >= clip_s)
     # What gives no window gives one reject.
     assert found or plan["reason"].to_pylist() == ["too_short"]
 
