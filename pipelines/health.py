@@ -116,6 +116,22 @@ def check_compiler() -> Check:
     return Check("compiler", "ok", found)
 
 
+def check_decode_child() -> Check:
+    """Whether the kernel keeps a decode child from network, programs and files."""
+    # Here, because numpy may be what is broken.
+    from pipelines.data.decoding import Decoder
+    from pipelines.errors import MediaError
+
+    try:
+        with Decoder() as decoder:
+            found = decoder.isolation()
+    except MediaError as error:
+        return Check("decode child", "fail", f"it does not answer ({error}); look at PyAV above")
+    if not all(found.values()):
+        return Check("decode child", "warn", "the kernel has no seccomp filter for it: decode only files you trust")
+    return Check("decode child", "ok", "no network, no programs, no files (seccomp)")
+
+
 def check_token_file() -> Check:
     """Whether the token that `RAY_AUTH_TOKEN_PATH` names is there and private."""
     mode, given = os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -185,6 +201,7 @@ def all_checks(*, folder: Path, dashboard: str, store: str) -> list[Callable[[],
         lambda: check_disk(folder),
         check_shm,
         check_compiler,
+        check_decode_child,
         check_token_file,
         lambda: check_jobs_api(dashboard),
         lambda: check_tracking(store),

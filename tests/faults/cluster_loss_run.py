@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-CLIPS = 1100
+CLIPS = 700
 START_ATTEMPTS = 4
 
 
