@@ -124,7 +124,9 @@ def test_fault_11_windows_beside_the_damage_are_used_and_no_time_is_wrong(tmp_pa
         ("xvid.avi", {"video_codec": "mpeg4", "audio_codec": "libmp3lame"}),
     ],
 )
-def test_fault_11_no_time_is_wrong_in_any_container_that_can_tell(tmp_path: Path, name: str, options: dict) -> None:
+def test_fault_11_elsewhere_at_most_one_window_of_damage_that_no_decoder_notices_is_used(
+    tmp_path: Path, name: str, options: dict
+) -> None:
     check_damage(numbered_clip(tmp_path / name, **options), trials=12, undetected=1)
 
 
