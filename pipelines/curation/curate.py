@@ -168,12 +168,7 @@ class CurationWorker:
                 if "why" in row
             ]
         alive()
-        return take_rows(table, kept), table_from_rows(rejects, REJECTS, self._features.spec)
+        return table.take(pa.array(kept, pa.int64())), table_from_rows(rejects, REJECTS, self._features.spec)
 
     def close(self) -> None:
         """Nothing to end."""
-
-
-def take_rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
-    """Some rows of a table, in their order; by slices, since Arrow cannot filter tensor columns."""
-    return pa.concat_tables([table.schema.empty_table(), *(table.slice(row, 1) for row in rows)])

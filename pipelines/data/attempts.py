@@ -19,10 +19,11 @@ def begin(folder: Folder, unit_id: str, run_id: str) -> None:
         EnvironmentFailed: the unit was begun `MAX_ATTEMPTS` times in this run and its worker died each time.
     """
     name = f"{ATTEMPTS}/{unit_id}.json"
-    count = 0
-    if folder.size_bytes(name) is not None:
+    try:
         before = json.loads(folder.read_bytes(name))
         count = before["count"] if before["run"] == run_id else 0
+    except FileNotFoundError:
+        count = 0
     if count >= MAX_ATTEMPTS:
         raise EnvironmentFailed(
             f"{folder.uri}: unit {unit_id} was begun {count} times and its worker died or hung each time; look for "

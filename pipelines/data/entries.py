@@ -109,7 +109,7 @@ class Entries:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row as plain values, names as `str`: for few rows only."""
-        return [_plain(row) for row in self.table.to_pylist()]
+        return [plain_row(row) for row in self.table.to_pylist()]
 
     def keep(self, mask: Sequence[bool] | np.ndarray) -> "Entries":
         """The rows where `mask` is true."""
@@ -225,7 +225,8 @@ def decode_events(events: str | None) -> list[dict[str, Any]] | None:
     return None if events is None else json.loads(events)
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of entries or of a plan as plain values: names as `str`, events as a list of dictionaries."""
     plain = {name: text_of(value) if isinstance(value, bytes) else value for name, value in row.items()}
     return {**plain, "events": decode_events(row["events"])}
 

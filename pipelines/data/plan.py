@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.entries import BATCH_ROWS, Entries, decode_events, file_codes, text_of
+from pipelines.data.entries import BATCH_ROWS, Entries, file_codes, plain_row, text_of
 from pipelines.data.names import clip_key, escape
 from pipelines.errors import InputError
 
@@ -140,8 +140,7 @@ def plan_row(plan: pa.Table, index: int) -> dict[str, Any]:
 def plan_rows(plan: pa.Table, start: int, stop: int) -> Iterator[dict[str, Any]]:
     """Rows `start` to `stop` (not included) of a plan as plain values; see `plan_row`."""
     for row in plan.slice(start, stop - start).to_pylist():
-        named = {name: text_of(value) if isinstance(value, bytes) else value for name, value in row.items()}
-        yield {**named, "events": decode_events(row["events"])}
+        yield plain_row(row)
 
 
 def files_to_survey(entries: Entries) -> pa.Table:

@@ -61,8 +61,7 @@ def sample_bytes(dataset: Dataset, columns: Sequence[str], split: str | None = N
     totals = dict.fromkeys(columns, 0)
     float32 = sum(4 * math.prod(_shape(dataset, name)) for name in columns)
     for part in chosen:
-        with dataset.folder.filesystem.open_input_file(dataset.folder.join(part.path)) as file:
-            metadata = pq.ParquetFile(file).metadata
+        metadata = dataset.folder.use_file(part.path, lambda file: pq.ParquetFile(file).metadata)
         for group in range(metadata.num_row_groups):
             chunks = (metadata.row_group(group).column(leaf) for leaf in range(metadata.num_columns))
             for chunk in chunks:

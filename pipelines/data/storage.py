@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 
 from pipelines.data.local_files import LocalFiles
 from pipelines.data.object_store import ObjectStore
@@ -37,11 +36,6 @@ class Folder:
     def is_local(self) -> bool:
         """Whether it lies on a mounted filesystem (renames and appends work)."""
         return isinstance(self.store, LocalFiles)
-
-    @property
-    def filesystem(self) -> pafs.FileSystem:
-        """pyarrow's view of the storage; prefer `use_file`, which retries."""
-        return self.store.filesystem_of(self.path)
 
     def join(self, name: str) -> str:
         """Path inside the filesystem of `name`; refuses names that leave the folder."""
