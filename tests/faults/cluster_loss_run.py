@@ -11,7 +11,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 CLIPS = 700
-START_ATTEMPTS = 4
 
 
 def main(folder: Path) -> dict[str, Any]:
@@ -25,9 +24,10 @@ def main(folder: Path) -> dict[str, Any]:
     environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"
     os.environ.update({**LOOPBACK_VARIABLES, **environment})
     from tests.faults.kill_storm import make_corpus
+    from tests.pipelines.two_nodes_run import start_cluster
 
     manifest, out = make_corpus(folder / "corpus", CLIPS), folder / "out"
-    cluster, second = _start(2)
+    cluster, second = start_cluster(2)
     driver = _submit(manifest, out, cluster.address, folder)
     _wait_for_parts(driver, out, 2)
     at_node_loss = _parts(out)
@@ -36,7 +36,7 @@ def main(folder: Path) -> dict[str, Any]:
     at_head_loss = _parts(out)
     cluster.shutdown()
     first_exit = driver.wait(timeout=180)
-    cluster, _ = _start(1)
+    cluster, _ = start_cluster(1)
     second_exit = _submit(manifest, out, cluster.address, folder).wait(timeout=300)
     cluster.shutdown()
     found = {
@@ -47,25 +47,6 @@ def main(folder: Path) -> dict[str, Any]:
         "second_exit": second_exit,
     }
     return {**found, **_compare(manifest, out, folder / "quiet")}
-
-
-def _start(nodes: int) -> tuple[Any, Any]:
-    """A cluster and its last node; tried again where a busy machine does not start Ray's agent in time."""
-    from ray.cluster_utils import Cluster
-
-    size = {"num_cpus": 1, "object_store_memory": 200_000_000}
-    for attempts_left in reversed(range(START_ATTEMPTS)):
-        cluster = Cluster()
-        try:
-            last = [cluster.add_node(**size, **({} if i else {"include_dashboard": False})) for i in range(nodes)][-1]
-            cluster.wait_for_nodes()
-        except Exception:
-            cluster.shutdown()
-            if not attempts_left:
-                raise
-            continue
-        return cluster, last
-    raise RuntimeError("no attempt was made")
 
 
 def _flags(manifest: Path, out: Path, workers: int) -> list[str]:

@@ -22,30 +22,30 @@ def main(folder: Path) -> dict[str, Any]:
     os.environ.update({**LOOPBACK_VARIABLES, **environment})
     import ray
 
-    cluster = _two_nodes()
+    cluster, _ = start_cluster(2)
     ray.init(address=cluster.address, log_to_driver=False)
     nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
     preprocessed = _preprocess(folder)
     return {"nodes": nodes, "preprocess": preprocessed, **_train(folder)}
 
 
-def _two_nodes() -> Any:
-    """Two raylets; tried again where a busy machine does not start Ray's agent in the seconds that Ray allows it."""
+def start_cluster(nodes: int) -> tuple[Any, Any]:
+    """Raylets of one CPU each, and the last of them; tried again where a busy machine does not start Ray's agent in the
+    seconds that Ray allows it."""
     from ray.cluster_utils import Cluster
 
     size = {"num_cpus": 1, "object_store_memory": 200_000_000}
     for attempts_left in reversed(range(START_ATTEMPTS)):
         cluster = Cluster()
         try:
-            cluster.add_node(**size, include_dashboard=False)
-            cluster.add_node(**size)
+            last = [cluster.add_node(**size, **({} if i else {"include_dashboard": False})) for i in range(nodes)][-1]
             cluster.wait_for_nodes()
         except Exception:
             cluster.shutdown()
             if not attempts_left:
                 raise
             continue
-        return cluster
+        return cluster, last
     raise RuntimeError("no attempt was made")
 
 
