@@ -234,7 +234,8 @@ def test_under_zero_3_preferences_are_the_same_and_only_the_probe_is_left_out(
     assert not any("grad_cosine" in record for record in records[3])
     for name in ("loss", "implicit_margin", "grad_norm"):
         wanted, got = ([float(record[name] or 0) for record in records[stage]] for stage in (0, 3))
-        assert got == pytest.approx(wanted, rel=1e-3, abs=1e-6), name
+        # A margin is the difference of two errors near 1: one rounding of float32 in each is 2.4e-7, over a batch of 4.
+        assert got == pytest.approx(wanted, rel=1e-3, abs=4e-6), name
 
 
 def test_an_alarm_of_collapse_is_reported_or_stops(folder: Path) -> None:
