@@ -5,8 +5,8 @@ before it) until picture and sound have passed its end, and keeps nothing. Two m
 
 - clips/s: rows committed from the moment when every worker has committed a unit to the last commit, over that time; so
   the start of Ray, of actors and of decode children is not in it.
-- CPU ms a clip, of parent and decode child together, in this process without Ray: what a run over all windows costs
-  more than one over a quarter of them, so that neither imports nor the tracking's process are in it.
+- CPU ms a clip, of a worker and its decode child together, in this process without Ray, from the file to the
+  committed part; neither imports nor the start of the child are in it.
 
 Then where the CPU time goes, stage by stage, and the peak memory of parent and child.
 """
@@ -14,9 +14,9 @@ Then where the CPU time goes, stage by stage, and the peak memory of parent and 
 import argparse
 import csv
 import os
-import resource
 import shutil
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -32,30 +32,29 @@ import torch
 from av.frame import Frame
 
 from benchmarks.table import show
-from models.codec import build_codec
-from models.encoders import VideoGrid, build_encoders
+from models.encoders import VideoGrid
 from models.spec import SPECS, ClipSpec
 from pipelines.cluster import connect
-from pipelines.data import media, media_mix, media_scale, media_tracks
-from pipelines.data.clip_worker import frame_grid
+from pipelines.data import clip_worker, measures, media, media_mix, media_scale, media_tracks
+from pipelines.data.clip_worker import ClipWorker, frame_grid
+from pipelines.data.commits import commit_unit
 from pipelines.data.contracts import FEATURES
-from pipelines.data.decoding import Decoder
+from pipelines.data.decoding import DecodeLimits, Decoder
 from pipelines.data.demo_world_job import CLIPS_CSV, make_demo_world
-from pipelines.data.frames import encode_jpeg
 from pipelines.data.ingest import read_entries
-from pipelines.data.media_write import encode_flac
-from pipelines.data.preprocess import preprocess
+from pipelines.data.plan import plan_windows
+from pipelines.data.preprocess import find_networks, planned_rows, preprocess
 from pipelines.data.preprocess_settings import PreprocessSettings
-from pipelines.data.sound import wave_of
 from pipelines.data.source import SourceReader
-from pipelines.data.store import encode_part
-from pipelines.data.tables import table_from_rows
-from pipelines.data.units import HERE, Pool
+from pipelines.data.storage import open_folder
+from pipelines.data.store import ROW_GROUP_ROWS, encode_part
+from pipelines.data.units import Pool, Unit
 from pipelines.data.window import DecodedWindow, WindowRequest
 from pipelines.errors import MediaError
 
 SETTINGS = PreprocessSettings(spec="tiny", encoders="grids")
 MAX_PIXELS = 4096 * 2304
+CLIPS_OF_CHILD = DecodeLimits().clips_per_child - 8
 STEP_S = 0.01
 """Repeats of a file are windows that begin so much later each time: other keys, the same work."""
 
@@ -107,10 +106,10 @@ def preprocess_clips_per_s(manifest: str, out: str, workers: int) -> float:
     return sum(rows for _, rows in commits[workers:]) / (commits[-1][0] - commits[workers - 1][0])
 
 
-def cpu_s() -> float:
-    """CPU seconds of this process and of its children that have ended."""
-    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+def child_cpu_s(pid: int) -> float:
+    """CPU seconds of a living process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def peak_mib(pid: int) -> float:
@@ -119,51 +118,75 @@ def peak_mib(pid: int) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
-def cpu_row(manifests: Sequence[tuple[str, int]], scratch: str, windows: Sequence[Window]) -> dict[str, object]:
-    """CPU a clip of the bare loop and of preprocess, in this process and one child.
+@contextmanager
+def worker_of(manifest: str) -> Iterator[tuple[ClipWorker, tuple[Any, ...]]]:
+    """A worker that has worked before, so that imports, kernels and its child's start are past; a manifest's rows."""
+    plan = plan_windows(read_entries(manifest), clip_s=SETTINGS.clip_spec.duration_s, windows=SETTINGS.windows)
+    rows = tuple(planned_rows(plan))
+    worker = ClipWorker(SETTINGS, find_networks(SETTINGS), torch.device("cpu"))
+    try:
+        worker.process(Unit(unit_id="before", split="train", rows=rows[:4]), lambda: None)
+        yield worker, rows
+    finally:
+        worker.close()
 
-    `manifests` are two, with their numbers of windows: a part of all, and all.
+
+def cpu_row(manifest: str, windows: Sequence[Window], scratch: str) -> dict[str, object]:
+    """CPU a clip of the bare loop and of a worker with its child, from the file to the committed part.
+
+    In turns, a unit each, so that the machine's other load falls on both. A child lives for 256 clips; there must be
+    one that lives through all.
     """
-    for window in windows[:2]:
-        decode_only(window)
-    started = cpu_s()
-    for window in windows:
-        decode_only(window)
-    bare = (cpu_s() - started) / len(windows)
-    spent = []
-    # The part once before, uncounted: the first run of a process imports and warms up, which would be taken off.
-    for turn, (manifest, _) in enumerate((manifests[0], *manifests)):
-        started = cpu_s()
-        out = f"{scratch}/here_{turn}"
-        preprocess(read_entries(manifest), SETTINGS, out=out, pool=HERE, max_reject_rate=1.0)
-        spent.append(cpu_s() - started)
-    ours = (spent[2] - spent[1]) / (manifests[1][1] - manifests[0][1])
+    folder, bare, ours = open_folder(f"{scratch}/committed"), 0.0, 0.0
+    with worker_of(manifest) as (worker, rows):
+        child = worker.child_pid
+        if child is None:
+            raise SystemExit("no clip could be decoded")
+        for start in range(0, len(rows), ROW_GROUP_ROWS):
+            started = time.process_time()
+            for window in windows[start : start + ROW_GROUP_ROWS]:
+                decode_only(window)
+            between, childs_s = time.process_time(), child_cpu_s(child)
+            unit = Unit(unit_id=f"train-{start}", split="train", rows=rows[start : start + ROW_GROUP_ROWS])
+            commit_unit(folder, unit, *worker.process(unit, lambda: None), FEATURES, SETTINGS.clip_spec)
+            bare += between - started
+            ours += time.process_time() - between + child_cpu_s(child) - childs_s
+        child_mib = peak_mib(child)
     return {
-        "bare CPU ms/clip": bare * 1e3,
-        "preprocess CPU ms/clip": ours * 1e3,
+        "clips": len(rows),
+        "bare CPU ms/clip": bare / len(rows) * 1e3,
+        "preprocess CPU ms/clip": ours / len(rows) * 1e3,
         "ratio": bare / ours,
         "peak parent MiB": peak_mib(os.getpid()),
+        "peak child MiB": child_mib,
     }
 
 
 class StageClock:
-    """CPU seconds by stage; a stage inside another counts for itself alone."""
+    """CPU seconds of threads by stage; a stage inside another counts for itself alone."""
 
     def __init__(self) -> None:
         self.spent_s: defaultdict[str, float] = defaultdict(float)
-        self._open: list[float] = []
+        self._threads = threading.local()
+
+    @property
+    def _open(self) -> list[float]:
+        """Of each stage that this thread is in, how long it was in inner ones."""
+        if not hasattr(self._threads, "open"):
+            self._threads.open = []
+        return self._threads.open
 
     def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, with its time added to `stage`."""
 
         @wraps(function)
         def measured(*args: Any, **kwargs: Any) -> Any:
-            started = time.process_time()
+            started = time.thread_time()
             self._open.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
-                took_s = time.process_time() - started
+                took_s = time.thread_time() - started
                 self.spent_s[stage] += took_s - self._open.pop()
                 if self._open:
                     self._open[-1] += took_s
@@ -193,6 +216,19 @@ CHILD_STAGES = (
 )
 
 
+PARENT_STAGES = (
+    ("parent: hash of the file", SourceReader, "_hash_of"),
+    ("parent: pipe", Decoder, "decode"),
+    ("parent: resample", clip_worker, "wave_of"),
+    ("parent: JPEG", clip_worker, "encode_jpeg"),
+    ("parent: FLAC", clip_worker, "encode_flac"),
+    ("parent: measures of sound", measures, "measure_sound"),
+    ("parent: measures of pictures", measures, "measure_picture"),
+    ("parent: conditions, latents", ClipWorker, "_encode"),
+    ("parent: table, checks", clip_worker, "table_from_rows"),
+)
+
+
 def request_for(window: Window, spec: ClipSpec) -> WindowRequest:
     """What preprocess asks of the reader for SF-CAVP, and for the tiny encoders, which look at the same grid."""
     grid = VideoGrid(rate_hz=spec.frames_rate_hz, size_px=spec.frames_px, fit="stretch")
@@ -215,66 +251,25 @@ def read_here(window: Window, spec: ClipSpec) -> DecodedWindow | None:
         return None
 
 
-def stage_rows(windows: Sequence[Window]) -> tuple[list[dict[str, object]], float]:
-    """Where the CPU time of a clip goes, one stage after the other in this process; and a decode child's peak MiB."""
-    spec, clock = SPECS[SETTINGS.spec], StageClock()
-    decoded = []
+def stage_rows(manifest: str, windows: Sequence[Window]) -> list[dict[str, object]]:
+    """Where the CPU time of a clip goes, on one thread each.
+
+    The child's work is timed in this process, the parent's while a worker does a unit of `manifest`, which lists
+    the same windows.
+    """
+    clock = StageClock()
     with clock.watching(*CHILD_STAGES):
         for window in windows:
-            decoded.append(clock.timed("child: demux, the rest", read_here)(window, spec))
-    kept = [(window, found) for window, found in zip(windows, decoded, strict=True) if found is not None]
-    with Decoder() as decoder:
-        decoder.decode(kept[0][0].path, request_for(kept[0][0], spec))
-        for window, _ in kept:
-            clock.timed("parent: pipe", decoder.decode)(window.path, request_for(window, spec))
-        child_mib = peak_mib(decoder.child_pid or 0)
-    parent_stages(kept, spec, clock)
+            clock.timed("child: demux, the rest", read_here)(window, SETTINGS.clip_spec)
+    with worker_of(manifest) as (worker, rows), clock.watching(*PARENT_STAGES):
+        unit = Unit(unit_id="timed", split="train", rows=rows)
+        features, _ = clock.timed("parent: the rest", worker.process)(unit, lambda: None)
+        clock.timed("parent: Parquet, zstd, row hashes", encode_part)(features, FEATURES, SETTINGS.clip_spec)
     total_s = sum(clock.spent_s.values())
-    rows: list[dict[str, object]] = [
+    return [
         {"stage": stage, "CPU ms/clip": spent_s / len(windows) * 1e3, "share": spent_s / total_s}
         for stage, spent_s in sorted(clock.spent_s.items())
     ]
-    return rows, child_mib
-
-
-def parent_stages(kept: Sequence[tuple[Window, DecodedWindow]], spec: ClipSpec, clock: StageClock) -> None:
-    """What preprocess does to decoded windows, one unit, timed by stage."""
-    encoders, codec = build_encoders(SETTINGS.encoders, spec), build_codec(SETTINGS.spec, decoding=False)
-    sources, rows = SourceReader(), []
-
-    def hashed(path: str) -> str:
-        with sources.open(path) as source:
-            return source.sha256
-
-    # Each once before, so that kernels and imports are not counted.
-    for counting in (StageClock(), clock):
-        rows.clear()
-        for index, (window, found) in enumerate(kept):
-            timed = counting.timed
-            wave = timed("parent: resample", wave_of)(found, spec.sample_rate_hz, spec.num_samples)
-            frames = found.frames[0]
-            jpegs = timed("parent: JPEG", lambda frames: [encode_jpeg(frame) for frame in frames])(frames)
-            mean, std = timed("parent: latents", codec.encode)(torch.from_numpy(wave)[None])
-            rows.append(
-                {
-                    "clip_id": str(index),
-                    "source": window.path,
-                    "start_s": window.start_s,
-                    "duration_s": spec.duration_s,
-                    "valid_s": found.valid_s,
-                    "caption": "",
-                    "split": "train",
-                    "content_hash": timed("parent: hash of the file", hashed)(window.path),
-                    "events": None,
-                    "frames": jpegs,
-                    "audio": timed("parent: FLAC", encode_flac)(wave, spec.sample_rate_hz),
-                    **timed("parent: grids", encoders.encode)({encoders.grids[0]: frames}, ""),
-                    "latent_mean": mean[0].numpy(),
-                    "latent_std": std[0].numpy(),
-                }
-            )
-        table = counting.timed("parent: table, checks", table_from_rows)(rows, FEATURES, spec)
-        counting.timed("parent: Parquet, zstd, row hashes", encode_part)(table, FEATURES, spec)
 
 
 def decode_rows(windows: Sequence[Window]) -> list[dict[str, object]]:
@@ -315,13 +310,13 @@ def linked(folder: Path, paths: Sequence[Path], repeats: int) -> list[Window]:
     return windows
 
 
-def write_manifest(path: Path, windows: Sequence[Window]) -> tuple[str, int]:
-    """A manifest of windows of files in its own folder; its path and their number."""
+def write_manifest(path: Path, windows: Sequence[Window]) -> str:
+    """A manifest of windows of files in its own folder; its path."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["video", "start_s"])
         writer.writerows([Path(window.path).name, window.start_s] for window in windows)
-    return str(path), len(windows)
+    return str(path)
 
 
 def main() -> None:
@@ -342,15 +337,18 @@ def main() -> None:
             folder = f"{scratch}/world"
         files.mkdir()
         windows = linked(files, sorted(Path(folder).rglob("*.mp4")), options.repeats)
-        part, whole = write_manifest(files / "part.csv", windows[::4]), write_manifest(files / CLIPS_CSV, windows)
-        cpu = cpu_row((part, whole), scratch, windows)
-        once = windows[:: options.repeats][:64]
-        stages, cpu["peak child MiB"] = stage_rows(once)
+        few, once = windows[:CLIPS_OF_CHILD], windows[:: options.repeats][:ROW_GROUP_ROWS]
+        cpu = cpu_row(write_manifest(files / "few.csv", few), few, scratch)
+        stages = stage_rows(write_manifest(files / "once.csv", once), once)
         show("CPU of parent and child, one process each", [cpu], None)
         show("where the time goes", stages, None)
         reader = decode_rows(once)
         show("the reader against the bare loop", reader, None)
-        rows = [] if options.no_ray else measure_pools(whole[0], scratch, windows, options.workers)
+        rows = (
+            []
+            if options.no_ray
+            else measure_pools(write_manifest(files / CLIPS_CSV, windows), scratch, windows, options.workers)
+        )
         show("preprocess", rows or [cpu], options.json, {"cpu": cpu, "reader": reader, "stages": stages})
 
 

@@ -53,6 +53,11 @@ class ClipWorker:
         self._sources = SourceReader()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
+    @property
+    def child_pid(self) -> int | None:
+        """Process id of the living decode child, if there is one."""
+        return self._decoder.child_pid
+
     def close(self) -> None:
         """End the decode child and the reading thread, and remove what was copied."""
         self._reader.shutdown()

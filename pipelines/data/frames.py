@@ -37,6 +37,12 @@ def _decode(content: bytes, index: int) -> np.ndarray:
 
 def encode_jpeg(frame: np.ndarray) -> bytes:
     """uint8 [H, W, 3] RGB -> JPEG bytes."""
-    sink = io.BytesIO()
-    Image.fromarray(frame).save(sink, "JPEG", quality=JPEG_QUALITY)
-    return sink.getvalue()
+    # For a small picture OpenCV takes a third of Pillow's time, which was the largest part of a short clip's row.
+    import cv2
+
+    encoded, content = cv2.imencode(
+        ".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+    )
+    if not encoded:
+        raise ValueError(f"OpenCV does not encode a picture of shape {frame.shape}")
+    return content.tobytes()

@@ -8,7 +8,7 @@ from pipelines.data.plan import WindowChoice
 from pipelines.errors import InputError
 
 STAGE = "preprocess"
-METHOD = 2
+METHOD = 3
 """Raised when the same options would give other bytes; part of the fingerprint."""
 
 
