@@ -244,7 +244,6 @@ def test_at_true_size_a_clip_becomes_features_pairs_a_step_scores_and_sound(
         own = write_full_size(tmp_path / "published", "small_44k", ("network", "vae", "vocoder"))
         shutil.rmtree(line.m0)
         line = Line(tmp_path / "wide", "small_44k", {**shared, **own}, job_apart, clip)
-        line.preprocess()
         wave, rate_hz = sound_of(line.generate(line.m0, line.clip, "--offload"))
         assert rate_hz == 44_100
         assert np.isfinite(wave).all()
