@@ -2,6 +2,7 @@
 
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,15 @@ def test_fault_06_windows_anywhere_in_a_long_file_cost_bounded_memory(tmp_path: 
             peaks.append(memory_mb(decoder.child_pid, "VmHWM"))
     assert max(peaks) < 300, peaks
     assert memory_mb("self", "VmHWM") - before_mb < 200
+
+
+def test_a_file_of_4k_pictures_costs_bounded_memory(tmp_path: Path) -> None:
+    dark, bright = (np.full((2304, 4096, 3), level, np.uint8) for level in (40, 210))
+    path = write_clip(tmp_path / "wide.mp4", [dark, bright] * 4, None, frame_rate=1, group=8)
+    with Decoder(DecodeLimits(memory_bytes=2 << 30)) as decoder:
+        window = decoder.decode(path, replace(request(0, 8.0, SLOW_GRID), max_pixels=4096 * 2304))
+        assert [int(frame.mean() > 120) for frame in window.frames[0]] == [0, 1] * 4
+        assert memory_mb(decoder.child_pid, "VmHWM") < 500
 
 
 def test_fault_06_a_file_without_an_index_is_read_at_the_right_time(tmp_path: Path) -> None:
