@@ -61,6 +61,7 @@ class Engine:
 
     def __init__(self, trainee: Trainee, options: TrainingOptions, plan: BatchPlan, world: World) -> None:
         deepspeed = _import_deepspeed(world.device)
+        world.pulse.at(0, "engine")
         self._gathered_parameters = deepspeed.zero.GatheredParameters
         self._stage = options.zero_stage
         self._clip = options.clip

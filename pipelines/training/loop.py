@@ -199,6 +199,7 @@ class _Run:
 
         `cause`: why a run in this process went back to it.
         """
+        self.world.pulse.at(0, "restore")
         found, skipped = self.world.share(checkpoints.newest_complete(self.root) if self.world.is_main else (None, []))
         if found is not None:
             self._load(found)
@@ -207,6 +208,7 @@ class _Run:
         if self.objective.probe_every and not self._probes():
             notes.append("gradients are not probed under ZeRO-3")
         notes.extend(self.adjustments.notes())
+        self.world.pulse.at(self.progress.step, "journal")
         self.progress.notes.extend(note for note in notes if note not in self.progress.notes)
         if self.world.is_main:
             self.journal = Journal(Path(self.order.out) / JOURNAL, self.progress.step)

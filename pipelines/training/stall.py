@@ -54,6 +54,24 @@ class Pulse:
         self._place = None
 
 
+@dataclass(frozen=True)
+class Stall:
+    """Ranks that hang, with the places they were last heard from, and where the others wait for them."""
+
+    hanging: dict[int, Place]
+    waiting: Place | None
+    """The furthest place of any other rank; None where there is none."""
+
+    def line(self, limit_s: float) -> str:
+        """One line for people. Ranks pass every step together, so the step is the one in which the others wait."""
+        last = {rank: f"step {place.step + 1}, {place.phase}" for rank, place in self.hanging.items()}
+        ranks = ", ".join(f"rank {rank} (last heard from in {where})" for rank, where in last.items())
+        where = (
+            f" in step {self.waiting.step + 1}, where the others wait ({self.waiting.phase})" if self.waiting else ""
+        )
+        return f"{ranks} made no progress for {limit_s:g} s{where}: it is ended, and the group starts again"
+
+
 @dataclass
 class _Sign:
     place: Place
@@ -69,7 +87,7 @@ class StallBoard:
         self.limit_s = limit_s
         self._silent_s = SILENT_BEATS * beat_s(limit_s)
         self._signs: dict[int, _Sign] = {}
-        self._stalled: dict[int, Place] | None = None
+        self._stall: Stall | None = None
 
     def hear(self, rank: int, place: Place | None, now_s: float) -> bool:
         """Take a beat; True tells the rank that it is the one that hangs. None: nobody waits for it any more."""
@@ -79,26 +97,21 @@ class StallBoard:
         known = self._signs.get(rank)
         moved_s = known.moved_s if known is not None and known.place == place else now_s
         self._signs[rank] = _Sign(place, now_s, moved_s)
-        return rank in self.stalled(now_s)
+        stall = self.stall(now_s)
+        return stall is not None and rank in stall.hanging
 
-    def stalled(self, now_s: float) -> dict[int, Place]:
-        """Return the ranks that hang with their places; once there are some, always the same."""
-        if self._stalled is None and self._signs:
+    def stall(self, now_s: float) -> Stall | None:
+        """Return which ranks hang, None if none does; once some do, always the same."""
+        if self._stall is None and self._signs:
             silent = [rank for rank, sign in self._signs.items() if now_s - sign.heard_s > self._silent_s]
             least = min(sign.place.marks for sign in self._signs.values())
             behind = [rank for rank, sign in self._signs.items() if sign.place.marks == least]
             suspects = sorted(silent or behind)
             if all(now_s - self._signs[rank].moved_s > self.limit_s for rank in suspects):
-                self._stalled = {rank: self._signs[rank].place for rank in suspects}
-        return self._stalled or {}
-
-
-def describe(stalled: dict[int, Place], limit_s: float) -> str | None:
-    """Say which ranks hang and where, in one line; None where none does."""
-    if not stalled:
-        return None
-    places = ", ".join(f"rank {rank} in step {place.step + 1} ({place.phase})" for rank, place in stalled.items())
-    return f"{places} gave no sign of progress for {limit_s:g} s and is ended; the group starts again"
+                others = [sign.place for rank, sign in self._signs.items() if rank not in suspects]
+                waiting = max(others, key=lambda place: place.marks, default=None)
+                self._stall = Stall({rank: self._signs[rank].place for rank in suspects}, waiting)
+        return self._stall
 
 
 def beat_s(limit_s: float) -> float:
@@ -114,6 +127,7 @@ class Heart:
         self._rank, self._pulse, self._limit_s, self._tell = rank, pulse, limit_s, tell
         # Later than the board's verdict, so that the rank is named before it is gone.
         self._watch = StallWatch(limit_s + 2 * beat_s(limit_s))
+        self._watch.beat()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="heart")
         self._thread.start()

@@ -26,7 +26,7 @@ from pipelines.cluster import cluster_cpus, cluster_gpus
 from pipelines.devices import cpu_device
 from pipelines.errors import EnvironmentFailed, InputError, PipelineError
 from pipelines.training.adjustments import MemoryRanOut
-from pipelines.training.stall import Heart, Place, StallBoard, describe
+from pipelines.training.stall import Heart, Place, StallBoard
 from pipelines.training.world import Report, World
 
 Result_co = TypeVar("Result_co", covariant=True)
@@ -151,9 +151,9 @@ class OrderBook:
         entry = self._entries[number]
         if entry.board is None or entry.named:
             return None
-        line = describe(entry.board.stalled(time.monotonic()), entry.board.limit_s)
-        entry.named = line is not None
-        return line
+        stall = entry.board.stall(time.monotonic())
+        entry.named = stall is not None
+        return None if stall is None else stall.line(entry.board.limit_s)
 
     def report(self, number: int, step: int, metrics: dict[str, float]) -> None:
         """Take progress from a rank."""
