@@ -63,6 +63,8 @@ class ToyTrainee(Trainee):
         # Depends on the whole global batch, as a contrastive loss does.
         spread = gather(prediction).var(dim=0, unbiased=False).mean()
         loss = error if self.objective.loss_is_mean else error + 0.1 * spread
+        if self.objective.bad_validation and not self.training:
+            loss = loss * float("nan")
         if self.training:
             factor = self._faults(batch)
             loss = loss * factor
@@ -114,6 +116,8 @@ class ToyObjective:
     batch_size: int = 8
     bad_steps: tuple[int, ...] = ()
     """Steps whose loss is not finite, whatever their samples are."""
+    bad_validation: bool = False
+    """The loss is never finite in validation."""
     poison: tuple[str, ...] = ()
     """Clips that make the loss of their batch not finite."""
     hungry_from: int = sys.maxsize

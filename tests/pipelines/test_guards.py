@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 
 from models.weights import load_weights
 from pipelines.errors import EnvironmentFailed, InputError
@@ -31,6 +32,11 @@ from tests.toy_objective import ToyObjective
 
 OPTIONS = TrainingOptions(steps=12, batch_size=8, lr=1e-2, clip=0.05, checkpoint_every=3, max_bad_steps=2)
 SPIKES = TrainingOptions(steps=22, batch_size=8, lr=1e-3, checkpoint_every=9, spike_factor=5.0)
+
+
+def slow(*values: object) -> ParameterSet:
+    """Parameters of a test that is run with the slow ones."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 class _Stop(Exception):
@@ -174,7 +180,29 @@ def test_fault_26_weights_that_are_not_finite_are_neither_kept_nor_exported(
     assert not list((tmp_path / "checkpoints").glob("*/COMPLETE"))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_validation_that_is_not_finite_is_never_the_best(features: str, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, steps=6, validate_every=3)
+    result = _fit(ToyObjective(features=features, bad_validation=True), options, tmp_path)
+    assert result is not None
+    assert "val_loss" not in result.metrics
+    complete = sorted((tmp_path / "checkpoints").glob("*/COMPLETE"))
+    assert [json.loads(path.read_text())["metric"] for path in complete] == [None, None]
+
+
+def test_validation_has_the_same_draws_whenever_it_is_and_leaves_the_training_alone(
+    features: str, tmp_path: Path
+) -> None:
+    journals = {}
+    for every in (2, 3, 0):
+        options = dataclasses.replace(OPTIONS, steps=6, validate_every=every, ema_width=0.1)
+        _fit(ToyObjective(features=features), options, tmp_path / str(every))
+        journals[every] = _records(tmp_path / str(every))
+    assert [record["loss"] for record in journals[2]] == [record["loss"] for record in journals[0]]
+    assert journals[2][5]["val_loss"] == journals[3][5]["val_loss"] == journals[0][5]["val_loss"]
+    assert journals[2][1]["val_loss"] != journals[2][5]["val_loss"]
+
+
+@pytest.mark.parametrize("stage", [0, slow(1), slow(2), 3])
 def test_a_spike_is_skipped_and_counted_and_changes_nothing(features: str, tmp_path: Path, stage: int) -> None:
     options = dataclasses.replace(SPIKES, zero_stage=stage, steps=19)
     result = _fit(ToyObjective(features=features, big_step=18), options, tmp_path / "spike")
@@ -187,7 +215,7 @@ def test_a_spike_is_skipped_and_counted_and_changes_nothing(features: str, tmp_p
         assert torch.equal(load_weights(tmp_path / "spike" / "toy.safetensors")[name], value)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, slow(1), 2, slow(3)])
 def test_a_spike_of_the_gradient_alone_is_skipped_with_its_norm(features: str, tmp_path: Path, stage: int) -> None:
     options = dataclasses.replace(SPIKES, zero_stage=stage, steps=20)
     steep = ToyObjective(features=features, big_step=18, big_gradient_alone=True)

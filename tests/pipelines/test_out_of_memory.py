@@ -38,7 +38,7 @@ def _losses(out: Path) -> list[float]:
     return [float(record["loss"] or 0) for record in read_journal(out / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
 def test_fault_27_memory_that_runs_out_in_a_step_halves_the_micro_batch_until_it_fits_and_changes_no_loss(
     features: str, tmp_path: Path, stage: int
 ) -> None:
