@@ -50,7 +50,8 @@ class ToyTrainee(Trainee):
     def __init__(self, objective: "ToyObjective") -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(5)
-        self.net = nn.Sequential(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 160))
+        middle = nn.BatchNorm1d(12) if objective.batch_norm else nn.Tanh()
+        self.net = nn.Sequential(nn.Linear(64, 12), middle, nn.Linear(12, 160))
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
@@ -116,6 +117,8 @@ class ToyObjective:
     batch_size: int = 8
     bad_steps: tuple[int, ...] = ()
     """Steps whose loss is not finite, whatever their samples are."""
+    batch_norm: bool = False
+    """Has statistics that every forward pass changes."""
     bad_validation: bool = False
     """The loss is never finite in validation."""
     poison: tuple[str, ...] = ()

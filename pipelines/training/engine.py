@@ -68,6 +68,12 @@ class Engine:
         self._is_spike: NormTest = _never
         self._spike_norm: float | None = None
         self.trainee = trainee.to(world.device)
+        self._statistics = [
+            buffer
+            for module in trainee.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for buffer in module.buffers(recurse=False)
+        ]
         self._trainable = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trainee.parameter_groups(options.weight_decay),
@@ -89,6 +95,15 @@ class Engine:
     def __call__(self, batch: Batch, gather: Gather) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (scalar) and metrics of a micro batch."""
         return self._engine(batch, gather)
+
+    def batch_statistics(self) -> list[Tensor]:
+        """Return copies of what batch norm has gathered, which forward passes change without any step."""
+        return [buffer.clone() for buffer in self._statistics]
+
+    def restore_batch_statistics(self, kept: list[Tensor]) -> None:
+        """Make them again what `batch_statistics` returned."""
+        for buffer, value in zip(self._statistics, kept, strict=True):
+            buffer.copy_(value)
 
     def train(self, mode: bool) -> None:
         """Switch training mode on or off."""

@@ -276,6 +276,7 @@ class _Run:
         probed: dict[str, float] = {}
         outcome: StepOutcome | None = None
         loss_spike = False
+        statistics = self.engine.batch_statistics()
         for micro in range(self.plan.accumulation):
             self.world.pulse.at(step, "data")
             batch = self._to_device(next(batches))
@@ -296,6 +297,8 @@ class _Run:
             )
         if outcome is None:
             raise RuntimeError("the last micro batch of a step did not step")
+        if not outcome.applied:
+            self.engine.restore_batch_statistics(statistics)
         self.world.pulse.at(step, "metrics")
         averaged = self.world.mean(totals | {name: torch.tensor(value) for name, value in probed.items()})
         return self.engine.trainee.summarise(averaged), replace(outcome, spike=outcome.spike or loss_spike)

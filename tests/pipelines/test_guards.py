@@ -180,6 +180,17 @@ def test_fault_26_weights_that_are_not_finite_are_neither_kept_nor_exported(
     assert not list((tmp_path / "checkpoints").glob("*/COMPLETE"))
 
 
+def test_a_skipped_step_leaves_batch_norm_as_it_was(features: str, tmp_path: Path) -> None:
+    objective = ToyObjective(features=features, batch_norm=True, bad_steps=(3,))
+    _fit(objective, dataclasses.replace(OPTIONS, steps=4), tmp_path / "skipped")
+    for steps in (3, 4):
+        _fit(objective.faultless(), dataclasses.replace(OPTIONS, steps=steps), tmp_path / f"{steps}")
+    skipped, before, applied = (load_weights(tmp_path / n / "toy.safetensors") for n in ("skipped", "3", "4"))
+    for name, value in before.items():
+        assert torch.equal(skipped[name], value)
+    assert not torch.equal(applied["net.1.running_var"], before["net.1.running_var"])
+
+
 def test_a_validation_that_is_not_finite_is_never_the_best(features: str, tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, steps=6, validate_every=3)
     result = _fit(ToyObjective(features=features, bad_validation=True), options, tmp_path)
