@@ -7,7 +7,7 @@ the stage's fingerprint, stay what was asked for. Decisions are only ever added,
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,13 @@ class Adjustments:
         return Adjustments(
             rollbacks=max(self.rollbacks, other.rollbacks, key=len), max_micro_size=min(sizes, default=None)
         )
+
+    def after(self, cause: RollBack | None, to_step: int) -> "Adjustments":
+        """Return what is known once `cause` led back to a checkpoint; None: nothing did."""
+        if cause is None:
+            return self
+        back = Rollback(at_step=cause.at_step, to_step=to_step, reason=cause.reason)
+        return replace(self, rollbacks=(*self.rollbacks, back))
 
     def order_number(self, step: int) -> int:
         """Which order of the samples holds at a step: that of the last rollback that led to it or before it.

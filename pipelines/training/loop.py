@@ -24,14 +24,13 @@ from pipelines.errors import EnvironmentFailed, InputError
 from pipelines.training import checkpoints
 from pipelines.training.adjustments import (
     Adjustments,
-    MemoryRanOut,
     RollBack,
-    Rollback,
     StartAgain,
     order_seed,
     read_adjustments,
     write_adjustments,
 )
+from pipelines.training.attempts import Attempt, repeat
 from pipelines.training.batches import BatchSource, Prefetched, RowGroups, validation_batches
 from pipelines.training.engine import Engine, StepOutcome
 from pipelines.training.guards import GRAD_NORM, LOSS, SpikeGuard
@@ -39,7 +38,6 @@ from pipelines.training.journal import Journal
 from pipelines.training.objective import Batch, Objective
 from pipelines.training.options import TrainingOptions
 from pipelines.training.order import GlobalOrder
-from pipelines.training.out_of_memory import halve_micro_batch, is_out_of_memory, release_memory
 from pipelines.training.preflight import check_machine
 from pipelines.training.world import Report, World
 
@@ -123,44 +121,21 @@ def train(order: TrainingOrder, world: World, report: Report) -> TrainingResult 
         MemoryRanOut: with several ranks, this one ran out of memory; another attempt begins with smaller micro batches.
     """
     check_machine(order.options, world.device)
-    cause: RollBack | None = None
-    while True:
-        try:
-            return _attempt(order, world, report, cause)
-        except RollBack as back:
-            cause = RollBack(back.at_step, back.reason)
-        except MemoryRanOut:
-            if world.size > 1:
-                raise
-            cause = None
-        except StartAgain:
-            cause = None
-        # Out here nothing refers to the run that ended.
-        release_memory(world.device)
 
-
-def _attempt(order: TrainingOrder, world: World, report: Report, cause: RollBack | None) -> TrainingResult | None:
-    """Train from the newest checkpoint, to which `cause` led back; where memory runs out, raise what to do about it."""
-    micro_size: int | None = None
-    try:
+    def body(attempt: Attempt) -> TrainingResult | None:
         run = _Run(order, world, report)
         try:
-            run.restore(cause)
-            micro_size = run.plan.micro_size
+            run.restore(attempt.cause)
+            attempt.micro_size = run.plan.micro_size
             run.steps()
-            micro_size = None
+            attempt.micro_size = None
             return run.finish()
         finally:
             run.close()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        told = str(error).strip().split("\n")[0]
-    if micro_size is None:
-        raise EnvironmentFailed(f"{order.out}: out of memory outside the steps, where no smaller batch helps: {told}")
-    raise halve_micro_batch(
-        order.out, Path(order.out) / CHECKPOINTS, micro_size, loss_is_mean=order.objective.loss_is_mean
-    )
+
+    checkpoints_of_order = Path(order.out) / CHECKPOINTS
+    loss_is_mean = order.objective.loss_is_mean
+    return repeat(body, out=order.out, checkpoints=checkpoints_of_order, loss_is_mean=loss_is_mean, world=world)
 
 
 class _Run:
@@ -320,6 +295,8 @@ class _Run:
             metrics["skipped_spike"] = float(outcome.spike)
         if self.plan.accumulation != self.options.accumulation:
             metrics["accumulation"] = float(self.plan.accumulation)
+        if number := self.adjustments.order_number(step):
+            metrics["order"] = float(number)
         if outcome.applied:
             progress.bad_run = 0
             self.guard.accept(metrics)
@@ -348,9 +325,7 @@ class _Run:
     def _adjust(self, cause: RollBack | None) -> None:
         """Record a rollback to where the run is now; take over what the checkpoint knows and the record beside lost."""
         known = self.adjustments.merged(Adjustments.from_json(self.progress.adjustments))
-        if cause is not None:
-            back = Rollback(at_step=cause.at_step, to_step=self.progress.step, reason=cause.reason)
-            known = replace(known, rollbacks=(*known.rollbacks, back))
+        known = known.after(cause, self.progress.step)
         if known != self.adjustments and self.world.is_main:
             write_adjustments(self.root, known)
         smaller = known.plan(self.options.batch_size, self.world.size, self.options.accumulation) != self.plan

@@ -104,6 +104,7 @@ def test_fault_26_bad_steps_in_a_row_lead_back_to_the_last_checkpoint_and_on_in_
     assert result.notes == [f"rolled back from step 10 to 6, order 1 of the samples from there: {reason}"]
     records = _records(tmp_path / "whole")
     assert [record["step"] for record in records] == list(range(1, 13))
+    assert [record.get("order") for record in records] == [None] * 6 + [1.0] * 6
     assert all(math.isfinite(v) for v in result.metrics.values())
     # The average never took a skipped step either.
     assert all(torch.isfinite(w).all() for w in load_weights(tmp_path / "whole" / "toy.safetensors").values())
