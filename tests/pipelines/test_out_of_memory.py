@@ -1,6 +1,7 @@
 """Memory that really runs out in a step: smaller micro batches, the same samples and losses, or a clear stop."""
 
 import dataclasses
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pipelines.training.flow_matching_objective import FlowMatchingObjective
 from pipelines.training.journal import read_journal
 from pipelines.training.launch import fit
 from pipelines.training.loop import TrainingOrder, TrainingResult
+from pipelines.training.objective import Trainee
 from pipelines.training.options import TrainingOptions
 from pipelines.training.out_of_memory import halve_micro_batch, is_out_of_memory
 from pipelines.training.sf_cavp_objective import SFCAVPObjective
@@ -90,6 +92,26 @@ def test_memory_that_runs_out_while_the_model_is_built_is_no_matter_of_batches(
     with pytest.raises(EnvironmentFailed, match=r"out of memory outside the steps.*allocate"):
         _fit(objective, OPTIONS, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_nothing_of_the_attempt_that_ran_out_is_still_there_when_the_next_one_begins(
+    features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    built: list[weakref.ref[Trainee]] = []
+    alive: list[int] = []
+    build = ToyObjective.build
+
+    def counted(self: ToyObjective, device: torch.device) -> Trainee:
+        alive.append(sum(trainee() is not None for trainee in built))
+        trainee = build(self, device)
+        built.append(weakref.ref(trainee))
+        return trainee
+
+    monkeypatch.setattr(ToyObjective, "build", counted)
+    hungry = ToyObjective(features=features, loss_is_mean=True, hungry_from=1, memory_bytes=ROOM_BYTES)
+    _fit(hungry, dataclasses.replace(OPTIONS, zero_stage=stage, steps=2), tmp_path)
+    assert alive == [0, 0, 0]
 
 
 def test_what_is_no_lack_of_memory_is_not_taken_for_it() -> None:
