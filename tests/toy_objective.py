@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import resource
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,30 @@ from pipelines.data.contracts import FEATURES
 from pipelines.data.tables import column_to_numpy
 from pipelines.training.objective import Batch, DataRef, Draws, Exported, Gather, Trainee
 
+HUNGER_BYTES = 2**30
+
+
+def allocate_within(size_bytes: int, memory_bytes: int) -> None:
+    """Allocate so much where no more than `memory_bytes` of address space are left to this process."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, before[1]))
+    try:
+        torch.empty(size_bytes, dtype=torch.uint8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def stop_once(mark: Path, kind: str) -> None:
+    """Leave this process's id in a file and hang; where the file is there, do nothing."""
+    if mark.exists():
+        return
+    mark.write_text(str(os.getpid()))
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        time.sleep(10**6)
+
 
 class ToyTrainee(Trainee):
     """Regress a clip's mean latent from its text features, with noise in the target and a batch-wide term."""
@@ -24,7 +50,8 @@ class ToyTrainee(Trainee):
     def __init__(self, objective: "ToyObjective") -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(5)
-        self.net = nn.Sequential(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 160))
+        middle = nn.BatchNorm1d(12) if objective.batch_norm else nn.Tanh()
+        self.net = nn.Sequential(nn.Linear(64, 12), middle, nn.Linear(12, 160))
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
@@ -36,9 +63,14 @@ class ToyTrainee(Trainee):
         error = (prediction - batch["target"]).square().mean()
         # Depends on the whole global batch, as a contrastive loss does.
         spread = gather(prediction).var(dim=0, unbiased=False).mean()
-        loss = error + 0.1 * spread
+        loss = error if self.objective.loss_is_mean else error + 0.1 * spread
+        if self.objective.bad_validation and not self.training:
+            loss = loss * float("nan")
         if self.training:
-            loss = loss * self._faults(batch)
+            factor = self._faults(batch)
+            loss = loss * factor
+            if self.objective.big_gradient_alone:
+                loss = loss - loss.detach() * (1 - 1 / factor)
         return loss, {"error": error.detach()}
 
     def alarm(self, metrics: dict[str, float]) -> str | None:
@@ -55,6 +87,11 @@ class ToyTrainee(Trainee):
         objective = self.objective
         time.sleep(objective.step_s)
         step = int(batch["position"].max()) // objective.batch_size
+        if bool(batch["poison"].any()):
+            return float("nan")
+        if step >= objective.hungry_from and objective.batch_size - 1 in batch["position"] % objective.batch_size:
+            # Only the rank that holds the last sample of the batch meets it.
+            allocate_within(len(batch["position"]) * HUNGER_BYTES, objective.memory_bytes)
         if step in objective.bad_steps and 0 in batch["position"] % objective.batch_size:
             # Only the rank that holds the first sample of the batch meets it.
             return float("nan")
@@ -63,6 +100,10 @@ class ToyTrainee(Trainee):
             if not mark.exists():
                 mark.write_text(str(os.getpid()))
                 os.kill(os.getpid(), signal.SIGKILL)
+        if step == objective.big_step:
+            return objective.big_factor
+        if objective.stop_file and step >= objective.stop_at and 1 in batch["position"] % objective.batch_size:
+            stop_once(Path(objective.stop_file), objective.stop_kind)
         if step == objective.defect_at:
             raise KeyError("a defect in the objective")
         return 1.0
@@ -75,6 +116,28 @@ class ToyObjective:
     features: str
     batch_size: int = 8
     bad_steps: tuple[int, ...] = ()
+    """Steps whose loss is not finite, whatever their samples are."""
+    batch_norm: bool = False
+    """Has statistics that every forward pass changes."""
+    bad_validation: bool = False
+    """The loss is never finite in validation."""
+    poison: tuple[str, ...] = ()
+    """Clips that make the loss of their batch not finite."""
+    hungry_from: int = sys.maxsize
+    """Step from which every sample of a forward really wants `HUNGER_BYTES`, of the `memory_bytes` there are."""
+    memory_bytes: int = 0
+    big_step: int = -1
+    """Step whose loss and gradients are `big_factor` times what they should be."""
+    big_factor: float = 1e3
+    big_gradient_alone: bool = False
+    """The loss itself stays as it is."""
+    loss_is_mean: bool = False
+    """Without the term over the whole batch."""
+    stop_at: int = 0
+    stop_file: str = ""
+    """Once, from step `stop_at` on, the rank with the second sample leaves its process id there and hangs."""
+    stop_kind: str = "stop"
+    """`stop`: the process is stopped; `sleep`: it sleeps for ever and could still be talked to."""
     kill_at: int = -1
     kill_file: str = ""
     defect_at: int = -1
@@ -109,6 +172,7 @@ class ToyObjective:
             "text": torch.from_numpy(np.array(column_to_numpy(rows["text_features"]), np.float32).mean(axis=1)),
             "target": torch.from_numpy(latent) + 0.1 * noise,
             "position": torch.tensor(draws.positions),
+            "poison": torch.tensor([clip in self.poison for clip in rows["clip_id"].to_pylist()]),
         }
 
     def export(self, trainee: Trainee, folder: Path) -> Exported:
@@ -118,4 +182,6 @@ class ToyObjective:
 
     def faultless(self) -> "ToyObjective":
         """The same training without any fault."""
-        return dataclasses.replace(self, kill_at=-1, kill_file="", bad_steps=(), defect_at=-1)
+        return dataclasses.replace(
+            self, kill_at=-1, kill_file="", bad_steps=(), defect_at=-1, stop_file="", poison=(), big_step=-1
+        )

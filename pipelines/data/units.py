@@ -220,6 +220,8 @@ class UnitOrder:
     run_id: str
     """Of this call of `run_units`; attempts are counted by it."""
 
+    stall_timeout_s = None
+
     def run(self, world: "World", report: "Report") -> int | None:
         """Do every `world.size`-th unit that has no part; on rank 0 the number of units, once all have one."""
         worker = self.factory(world.device)

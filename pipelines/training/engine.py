@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import getclosurevars
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan
 from pipelines.training.world import World
 
+NormTest = Callable[[float], bool]
+"""Whether a gradient norm (before clipping, over all ranks) is too large to step with; the same on every rank."""
+
 QUIET = 10**9
 MAX_BUCKET_ELEMENTS = 200_000_000
 
@@ -32,9 +36,11 @@ class StepOutcome:
     """What one optimizer step did."""
 
     grad_norm: float
-    """Before clipping, over all ranks; NaN where the step was skipped."""
+    """Before clipping, over all ranks; NaN where it was not finite or never computed."""
     applied: bool
-    """False where the gradient was not finite: weights and optimizer are as before, on every rank."""
+    """False where the step was skipped: weights and optimizer are as before, on every rank."""
+    spike: bool = False
+    """Skipped although everything was finite."""
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -56,10 +62,19 @@ class Engine:
 
     def __init__(self, trainee: Trainee, options: TrainingOptions, plan: BatchPlan, world: World) -> None:
         deepspeed = _import_deepspeed(world.device)
+        world.pulse.at(0, "engine")
         self._gathered_parameters = deepspeed.zero.GatheredParameters
         self._stage = options.zero_stage
         self._clip = options.clip
+        self._is_spike: NormTest = _never
+        self._spike_norm: float | None = None
         self.trainee = trainee.to(world.device)
+        self._statistics = [
+            buffer
+            for module in trainee.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for buffer in module.buffers(recurse=False)
+        ]
         self._trainable = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trainee.parameter_groups(options.weight_decay),
@@ -75,17 +90,32 @@ class Engine:
                 config=_config(options, plan, sum(parameter.numel() for parameter in self._trainable)),
                 dist_init_required=False,
             )
+        if options.spike_factor is not None and self._stage > 0:
+            self._let_zero_skip_spikes()
 
     def __call__(self, batch: Batch, gather: Gather) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (scalar) and metrics of a micro batch."""
         return self._engine(batch, gather)
 
+    def batch_statistics(self) -> list[Tensor]:
+        """Return copies of what batch norm has gathered, which forward passes change without any step."""
+        return [buffer.clone() for buffer in self._statistics]
+
+    def restore_batch_statistics(self, kept: list[Tensor]) -> None:
+        """Make them again what `batch_statistics` returned."""
+        for buffer, value in zip(self._statistics, kept, strict=True):
+            buffer.copy_(value)
+
     def train(self, mode: bool) -> None:
         """Switch training mode on or off."""
         self._engine.train(mode)
 
-    def backward(self, loss: Tensor, *, last: bool, learning_rate: float) -> StepOutcome | None:
+    def backward(
+        self, loss: Tensor, *, last: bool, learning_rate: float, is_spike: NormTest | None = None
+    ) -> StepOutcome | None:
         """Add the gradients of one micro batch; on the `last` one clip, step, and say how it went.
+
+        A step whose gradient norm `is_spike` finds too large is skipped.
 
         A loss that is not finite poisons the gradients on purpose: then the one check, the gradient norm after the
         reduction, sees it on every rank and all skip the same step.
@@ -98,25 +128,59 @@ class Engine:
             return None
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._is_spike, self._spike_norm = is_spike or _never, None
         return self._step_plain() if self._stage == 0 else self._step_zero()
 
     def _step_plain(self) -> StepOutcome:
         """Stage 0: gradients are whole and already averaged on every rank."""
         grads = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
-        applied = math.isfinite(norm)
+        spike = math.isfinite(norm) and self._is_spike(norm)
+        applied = math.isfinite(norm) and not spike
         if not applied:
             for parameter in self._trainable:
                 parameter.grad = None
         elif self._clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self._trainable, self._clip, torch.tensor(norm))
         self._engine.step()
-        return StepOutcome(norm if applied else math.nan, applied)
+        return StepOutcome(norm if math.isfinite(norm) else math.nan, applied, spike)
 
     def _step_zero(self) -> StepOutcome:
         self._engine.step()
+        if self._spike_norm is not None:
+            return StepOutcome(self._spike_norm, applied=False, spike=True)
         applied = bool(self._engine.was_step_applied())
         return StepOutcome(float(self._engine.get_global_grad_norm()) if applied else math.nan, applied)
+
+    def _let_zero_skip_spikes(self) -> None:
+        """Have DeepSpeed treat a spike as it treats an overflow: nothing is stepped, gradients are cleared.
+
+        Its optimizers compute the norm inside their step. The one call between the norm and what they do with it is
+        `_update_scale`, whose argument, the attribute `overflow`, they look at again afterwards (0.19.8; stages 1, 2
+        and 3). The norm is computed once more for it.
+        """
+        optimizer = self._engine.optimizer
+        update_scale = optimizer._update_scale
+
+        def update_scale_or_skip(has_overflow: bool = False) -> None:
+            if not has_overflow:
+                norm = float(self._zero_norm(optimizer))
+                if self._is_spike(norm):
+                    self._spike_norm, optimizer.overflow = norm, True
+            update_scale(optimizer.overflow)
+
+        optimizer._update_scale = update_scale_or_skip
+
+    def _zero_norm(self, optimizer: Any) -> Tensor:
+        if self._stage < 3:
+            return optimizer.scaled_global_norm()
+        from deepspeed.runtime.zero.stage3 import combine_grad_norm_groups
+
+        return combine_grad_norm_groups(optimizer._get_norm_groups())
+
+    def is_finite(self) -> bool:
+        """Whether every weight that is trained is finite; inside `whole_weights`, the same on every rank."""
+        return bool(torch.stack([parameter.detach().isfinite().all() for parameter in self._trainable]).all())
 
     @contextmanager
     def whole_weights(self, *, trained_alone: bool = False) -> Iterator[None]:
@@ -162,6 +226,28 @@ class Engine:
     def close(self) -> None:
         """Release buffers and hooks; the weights stay usable except under ZeRO-3."""
         self._engine.destroy()
+        if self._stage == 3:
+            _forget_zero_3(self.trainee)
+
+
+def _forget_zero_3(trainee: nn.Module) -> None:
+    """Take a model out of the two places where DeepSpeed's ZeRO-3 keeps every model of a process for ever (0.19.8).
+
+    A worker trains one model after another; without this the memory of each stays taken.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    own = set(trainee.modules())
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module not in own]
+    # A cache on a private method, behind a decorator that does not say what it wraps.
+    decorated: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    getclosurevars(decorated).nonlocals["func"].cache_clear()
+
+
+def _never(norm: float) -> bool:
+    return False
 
 
 def _load_trained(src: Mapping[str, Any], dst: nn.Module) -> None:
@@ -194,12 +280,13 @@ def _config(options: TrainingOptions, plan: BatchPlan, num_parameters: int) -> d
     return {
         "train_batch_size": options.batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_size,
-        "gradient_accumulation_steps": options.accumulation,
+        "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": (options.clip or 0.0) if options.zero_stage else 0.0,
         "zero_optimization": {
             "stage": options.zero_stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            **_offload(options),
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -207,3 +294,11 @@ def _config(options: TrainingOptions, plan: BatchPlan, num_parameters: int) -> d
         "steps_per_print": QUIET,
         "wall_clock_breakdown": False,
     }
+
+
+def _offload(options: TrainingOptions) -> dict[str, Any]:
+    """Where optimizer and weights lie; pinned, so that copies to and from the GPU overlap its work."""
+    if not options.offload:
+        return {}
+    host = {"device": "cpu", "pin_memory": True}
+    return {"offload_optimizer": host, **({"offload_param": host} if options.zero_stage == 3 else {})}

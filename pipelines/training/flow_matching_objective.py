@@ -110,6 +110,7 @@ class FlowMatchingObjective:
     name = "flow_matching"
     columns = (*CONDITIONS, "latent_mean", "latent_std")
     probe_every = 0
+    loss_is_mean = True
     stop_on_alarm = False
 
     @property

@@ -6,10 +6,11 @@ the journal of an interrupted run equals that of an uninterrupted one.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,23 @@ from models.ema import WeightAverage, exponential_decay, gamma_of_width, power_d
 from models.weights import load_weights, save_weights
 from pipelines.errors import EnvironmentFailed, InputError
 from pipelines.training import checkpoints
+from pipelines.training.adjustments import (
+    Adjustments,
+    RollBack,
+    StartAgain,
+    order_seed,
+    read_adjustments,
+    write_adjustments,
+)
+from pipelines.training.attempts import Attempt, repeat
 from pipelines.training.batches import BatchSource, Prefetched, RowGroups, validation_batches
 from pipelines.training.engine import Engine, StepOutcome
+from pipelines.training.guards import GRAD_NORM, LOSS, SpikeGuard
 from pipelines.training.journal import Journal
 from pipelines.training.objective import Batch, Objective
 from pipelines.training.options import TrainingOptions
-from pipelines.training.order import BatchPlan, GlobalOrder
+from pipelines.training.order import GlobalOrder
+from pipelines.training.preflight import check_machine
 from pipelines.training.world import Report, World
 
 CHECKPOINTS = "checkpoints"
@@ -47,6 +59,11 @@ class TrainingOrder:
     out: str
     """Folder on storage that all workers see."""
 
+    @property
+    def stall_timeout_s(self) -> float | None:
+        """See `TrainingOptions`."""
+        return self.options.stall_timeout_s
+
     def run(self, world: World, report: Report) -> "TrainingResult | None":
         """Train to the end from wherever the folder is; see `pipelines.training.workers.Order`."""
         return train(self, world, report)
@@ -65,7 +82,7 @@ class TrainingResult:
     stopped: str | None
     """Why it ended before its last step (an alarm under strict guards); None if it did not."""
     notes: list[str]
-    """Broken checkpoints that were passed over, alarms."""
+    """Broken checkpoints that were passed over, rollbacks, smaller micro batches, alarms."""
 
 
 @dataclass
@@ -77,6 +94,12 @@ class Progress:
     skipped_steps: int = 0
     bad_run: int = 0
     """Skipped steps in a row, up to now."""
+    skipped_spikes: int = 0
+    """Of the skipped steps those in which everything was finite."""
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    """The windows of `SpikeGuard`; empty where it is off."""
+    adjustments: dict[str, Any] = field(default_factory=dict)
+    """`Adjustments.to_json()`."""
     num_average_updates: int = 0
     last_validation: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
@@ -87,27 +110,45 @@ class Progress:
 def train(order: TrainingOrder, world: World, report: Report) -> TrainingResult | None:
     """Train to the end from wherever the folder is; the result on rank 0, None on the others.
 
+    A run that has to change something about itself (`pipelines.training.adjustments`) is built again in this process,
+    except where memory ran out on one of several ranks: then `MemoryRanOut` asks for a new group.
+
     Raises:
-        InputError: the options do not fit the data or the number of workers, or a checkpoint this run cannot use.
-        EnvironmentFailed: too many steps in a row were not finite.
+        InputError: the options do not fit the data, the machine or the number of workers, or a checkpoint this run
+            cannot use.
+        EnvironmentFailed: too many steps in a row were skipped, also after the rollbacks that are allowed; the weights
+            are not finite; or memory ran out and smaller micro batches do not help.
+        MemoryRanOut: with several ranks, this one ran out of memory; another attempt begins with smaller micro batches.
     """
-    run = _Run(order, world, report)
-    try:
-        run.restore()
-        run.steps()
-        return run.finish()
-    finally:
-        run.close()
+    check_machine(order.options, world.device)
+
+    def body(attempt: Attempt) -> TrainingResult | None:
+        run = _Run(order, world, report)
+        try:
+            run.restore(attempt.cause)
+            attempt.micro_size = run.plan.micro_size
+            run.steps()
+            attempt.micro_size = None
+            return run.finish()
+        finally:
+            run.close()
+
+    checkpoints_of_order = Path(order.out) / CHECKPOINTS
+    loss_is_mean = order.objective.loss_is_mean
+    return repeat(body, out=order.out, checkpoints=checkpoints_of_order, loss_is_mean=loss_is_mean, world=world)
 
 
 class _Run:
     def __init__(self, order: TrainingOrder, world: World, report: Report) -> None:
         self.order, self.world, self.report = order, world, report
+        world.pulse.at(0, "start")
         self.objective, self.options = order.objective, order.options
         self.root = Path(order.out) / CHECKPOINTS
         self.progress = Progress()
         self.learning_rate = self.options.learning_rates()
-        self.plan = BatchPlan(self.options.batch_size, world.size, self.options.accumulation)
+        self.guard = SpikeGuard(self.options.spike_factor)
+        self.adjustments: Adjustments = world.share(read_adjustments(self.root) if world.is_main else None)
+        self.plan = self.adjustments.plan(self.options.batch_size, world.size, self.options.accumulation)
         self.groups = RowGroups(self.objective.training_data, self.objective.columns)
         self.validation_groups = (
             RowGroups(self.objective.validation_data, self.objective.columns)
@@ -128,14 +169,21 @@ class _Run:
         self.journal: Journal | None = None
         self.prefetched: Prefetched | None = None
 
-    def restore(self) -> None:
-        """Continue from the newest complete checkpoint, agreed on by all ranks; rank 0 cuts the journal back to it."""
+    def restore(self, cause: RollBack | None = None) -> None:
+        """Continue from the newest complete checkpoint, agreed on by all ranks; rank 0 cuts the journal back to it.
+
+        `cause`: why a run in this process went back to it.
+        """
+        self.world.pulse.at(0, "restore")
         found, skipped = self.world.share(checkpoints.newest_complete(self.root) if self.world.is_main else (None, []))
         if found is not None:
             self._load(found)
+        self._adjust(cause)
         notes = [f"checkpoint {broken.name} passed over: {broken.reason}" for broken in skipped]
         if self.objective.probe_every and not self._probes():
             notes.append("gradients are not probed under ZeRO-3")
+        notes.extend(self.adjustments.notes())
+        self.world.pulse.at(self.progress.step, "journal")
         self.progress.notes.extend(note for note in notes if note not in self.progress.notes)
         if self.world.is_main:
             self.journal = Journal(Path(self.order.out) / JOURNAL, self.progress.step)
@@ -143,7 +191,7 @@ class _Run:
     def steps(self) -> None:
         """Take the remaining steps."""
         first = self.progress.step
-        self.prefetched = Prefetched(self.source.micro_batches(first, self.options.steps))
+        self.prefetched = Prefetched(self._micro_batches(first))
         batches = iter(self.prefetched)
         for step in range(first, self.options.steps):
             if self.progress.stopped is not None:
@@ -151,12 +199,8 @@ class _Run:
             started = time.perf_counter()
             probing = self._probes() and (step + 1) % self.objective.probe_every == 0
             metrics, outcome = self._step(step, batches, probing)
-            self._count(step, outcome)
-            metrics |= {
-                "learning_rate": self.learning_rate(step),
-                "grad_norm": outcome.grad_norm,
-                "skipped": float(not outcome.applied),
-            }
+            self._count(step, metrics, outcome)
+            metrics |= {"learning_rate": self.learning_rate(step)}
             metrics["samples_per_s"] = self.options.batch_size / (time.perf_counter() - started)
             self._watch(metrics)
             if self._due(self.options.validate_every):
@@ -164,13 +208,20 @@ class _Run:
             if self.journal is not None:
                 self.journal.append(self.progress.step, metrics)
                 self.report(self.progress.step, metrics)
-            if self._due(self.options.checkpoint_every):
+            if self._due(self.options.checkpoint_every) and self._is_sound():
+                self.world.pulse.at(step, "checkpoint")
                 self._checkpoint()
 
     def finish(self) -> TrainingResult | None:
         """Export what the next stage loads, from the averaged weights if there are any; rank 0 returns the result."""
         self.world.average_buffers(self.engine.trainee)
         with self._averaged_weights():
+            if not self.engine.is_finite():
+                raise EnvironmentFailed(
+                    f"{self.order.out}: the weights are not finite after step {self.progress.step} and are not "
+                    f"exported. Lower --lr (now {self.options.lr}); the same command goes on from the last checkpoint"
+                )
+            self.world.pulse.rest()
             if not self.world.is_main:
                 return None
             self.engine.train(False)
@@ -199,38 +250,104 @@ class _Run:
         totals: dict[str, Tensor] = {}
         probed: dict[str, float] = {}
         outcome: StepOutcome | None = None
-        for micro in range(self.options.accumulation):
+        loss_spike = False
+        statistics = self.engine.batch_statistics()
+        for micro in range(self.plan.accumulation):
+            self.world.pulse.at(step, "data")
             batch = self._to_device(next(batches))
+            self.world.pulse.at(step, "forward")
             if probing and micro == 0:
                 probed = self.engine.trainee.probe(batch, self.world.gather)
             loss, metrics = self.engine(batch, self.world.gather)
-            metrics = {"loss": loss.detach(), **metrics}
-            last = micro == self.options.accumulation - 1
-            outcome = self.engine.backward(loss, last=last, learning_rate=self.learning_rate(step))
-            share = 1.0 / self.options.accumulation
+            metrics = {LOSS: loss.detach(), **metrics}
+            share = 1.0 / self.plan.accumulation
             totals = {name: totals.get(name, 0.0) + value * share for name, value in metrics.items()}
+            last = micro == self.plan.accumulation - 1
+            if last and self._is_loss_spike(totals[LOSS]):
+                # As a loss that is not finite: the engine skips the step on every rank.
+                loss_spike, loss = True, loss * math.nan
+            self.world.pulse.at(step, "backward")
+            outcome = self.engine.backward(
+                loss, last=last, learning_rate=self.learning_rate(step), is_spike=self._is_norm_spike
+            )
         if outcome is None:
             raise RuntimeError("the last micro batch of a step did not step")
+        if not outcome.applied:
+            self.engine.restore_batch_statistics(statistics)
+        self.world.pulse.at(step, "metrics")
         averaged = self.world.mean(totals | {name: torch.tensor(value) for name, value in probed.items()})
-        return self.engine.trainee.summarise(averaged), outcome
+        return self.engine.trainee.summarise(averaged), replace(outcome, spike=outcome.spike or loss_spike)
 
-    def _count(self, step: int, outcome: StepOutcome) -> None:
+    def _is_loss_spike(self, total: Tensor) -> bool:
+        """Whether the loss of the whole step, known before its last backward pass, is a spike; equal on every rank."""
+        return self.guard.factor is not None and self.guard.is_spike(LOSS, self.world.mean({LOSS: total})[LOSS])
+
+    def _is_norm_spike(self, norm: float) -> bool:
+        return self.guard.is_spike(GRAD_NORM, norm)
+
+    def _count(self, step: int, metrics: dict[str, float], outcome: StepOutcome) -> None:
+        """Take a step into the account, the averages and the guards; go back where too many were skipped."""
         progress = self.progress
         progress.step = step + 1
         progress.samples += self.options.batch_size
+        metrics |= {GRAD_NORM: outcome.grad_norm, "skipped": float(not outcome.applied)}
+        if self.guard.factor is not None:
+            metrics["skipped_spike"] = float(outcome.spike)
+        if self.plan.accumulation != self.options.accumulation:
+            metrics["accumulation"] = float(self.plan.accumulation)
+        if number := self.adjustments.order_number(step):
+            metrics["order"] = float(number)
         if outcome.applied:
             progress.bad_run = 0
+            self.guard.accept(metrics)
             if self.average is not None:
                 with self.engine.whole_weights(trained_alone=True):
                     self.average.update(self.engine.trainable, self._decay(self.average.num_updates + 1))
             return
         progress.skipped_steps += 1
+        progress.skipped_spikes += outcome.spike
         progress.bad_run += 1
         if progress.bad_run >= self.options.max_bad_steps:
-            raise EnvironmentFailed(
-                f"{self.order.out}: steps {step + 2 - progress.bad_run} to {step + 1} all had a loss or gradient that "
-                f"is not finite; nothing of them was kept. Lower --lr (now {self.options.lr}) or look at the data"
-            )
+            self._go_back(step)
+
+    def _go_back(self, step: int) -> None:
+        """Ask for a rollback, or stop where there were enough of them."""
+        kinds = "that is not finite" + (" or a spike" if self.guard.factor is not None else "")
+        reason = f"steps {step + 2 - self.progress.bad_run} to {step + 1} all had a loss or gradient {kinds}"
+        if len(self.adjustments.rollbacks) < self.options.max_rollbacks:
+            raise RollBack(self.progress.step, reason)
+        tried = f", also after {self.options.max_rollbacks} rollbacks" if self.options.max_rollbacks else ""
+        raise EnvironmentFailed(
+            f"{self.order.out}: {reason}{tried}; nothing of them was kept. Lower --lr (now {self.options.lr}), look at "
+            "the data, or raise --max-rollbacks"
+        )
+
+    def _adjust(self, cause: RollBack | None) -> None:
+        """Record a rollback to where the run is now; take over what the checkpoint knows and the record beside lost."""
+        known = self.adjustments.merged(Adjustments.from_json(self.progress.adjustments))
+        known = known.after(cause, self.progress.step)
+        if known != self.adjustments and self.world.is_main:
+            write_adjustments(self.root, known)
+        smaller = known.plan(self.options.batch_size, self.world.size, self.options.accumulation) != self.plan
+        self.adjustments, self.progress.adjustments = known, known.to_json()
+        if smaller:
+            raise StartAgain("the checkpoint was written with smaller micro batches")
+        if self.progress.recent:
+            self.guard.recent = self.progress.recent
+        self.progress.recent = self.guard.recent if self.guard.factor is not None else {}
+
+    def _micro_batches(self, first: int) -> Iterator[Batch]:
+        """Yield the micro batches from step `first` to the last, each stretch of steps in its own order."""
+        for start, end, number in self.adjustments.segments(first, self.options.steps):
+            order = replace(self.source.order, seed=order_seed(self.options.seed, number))
+            yield from replace(self.source, order=order).micro_batches(start, end)
+
+    def _is_sound(self) -> bool:
+        """Whether the weights may be gone back to: finite, and not in the middle of a row of skipped steps."""
+        if self.progress.bad_run:
+            return False
+        with self.engine.whole_weights(trained_alone=True):
+            return self.engine.is_finite()
 
     def _watch(self, metrics: dict[str, float]) -> None:
         alarm = self.engine.trainee.alarm(metrics)
@@ -255,6 +372,7 @@ class _Run:
         )
         with self._averaged_weights(), torch.no_grad():
             for batch in batches:
+                self.world.pulse.at(self.progress.step, "validation")
                 loss, metrics = self.engine(self._to_device(batch), self.world.gather)
                 count += 1
                 sums = {name: sums.get(name, 0.0) + value for name, value in {"loss": loss, **metrics}.items()}
@@ -264,7 +382,9 @@ class _Run:
                 f"{sum(self.validation_groups.sizes)} rows: lower it, or raise --accumulation"
             )
         means = self.engine.trainee.summarise(self.world.mean({name: s / count for name, s in sums.items()}))
-        self.progress.last_validation = {f"val_{name}": value for name, value in means.items()}
+        # What is not finite is left out: it must not pass for the best, and JSON has no word for it.
+        finite = {name: value for name, value in means.items() if math.isfinite(value)}
+        self.progress.last_validation = {f"val_{name}": value for name, value in finite.items()}
         return self.progress.last_validation
 
     def _checkpoint(self) -> None:

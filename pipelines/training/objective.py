@@ -133,6 +133,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def loss_is_mean(self) -> bool:
+        """Whether the loss of a batch is the mean over its samples, so that micro batches of any size give the same."""
+        ...
+
+    @property
     def stop_on_alarm(self) -> bool:
         """Whether an alarm ends the run, with the weights of that step exported; otherwise it is only reported."""
         ...

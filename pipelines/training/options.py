@@ -6,12 +6,14 @@ from dataclasses import dataclass, fields
 from pipelines.errors import InputError
 from pipelines.training.schedule import Schedule, ScheduleName
 
-NOT_AFFECTING_BYTES = ("checkpoint_every", "keep_last")
+NOT_AFFECTING_BYTES = ("checkpoint_every", "keep_last", "max_rollbacks", "stall_timeout_s", "offload")
+LEFT_OUT_WHEN_OFF = ("spike_factor",)
+"""Options that came later: at None a fingerprint does not name them, so earlier work keeps its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How to train; everything here but `checkpoint_every` and `keep_last` affects the result."""
+    """How to train; everything here but `NOT_AFFECTING_BYTES` affects the result."""
 
     steps: int
     """Optimizer steps."""
@@ -50,7 +52,16 @@ class TrainingOptions:
     keep_last: int = 2
     """Checkpoints that are kept while training, besides the best one."""
     max_bad_steps: int = 20
-    """So many skipped steps in a row (loss or gradient not finite) end the run."""
+    """So many skipped steps in a row (loss or gradient not finite, or a spike) lead back to the last checkpoint."""
+    max_rollbacks: int = 2
+    """How often a run goes back to its last checkpoint and on with another order of the samples, before it stops."""
+    spike_factor: float | None = None
+    """Skip a step whose gradient norm or loss is above so many times its running median (5 is sensible); None: off."""
+    stall_timeout_s: float | None = 1800.0
+    """Seconds after which a worker that makes no progress is named and ended, and its group started again; None: never.
+    The longest single thing of a run, a compilation or a batch from slow storage, must fit in."""
+    offload: bool = False
+    """Keep the optimizer's state (under ZeRO-3 the weights too) in the host's pinned memory; GPUs and ZeRO only."""
 
     def __post_init__(self) -> None:
         counts = (self.steps, self.batch_size, self.accumulation, self.checkpoint_every, self.keep_last)
@@ -62,6 +73,17 @@ class TrainingOptions:
             raise InputError(f"--zero-stage must be 0, 1, 2 or 3, got {self.zero_stage}")
         if self.lr <= 0 or (self.clip is not None and self.clip <= 0):
             raise InputError(f"--lr and --clip must be positive, got {self.lr} and {self.clip}")
+        if self.max_bad_steps < 1 or self.max_rollbacks < 0:
+            raise InputError(
+                f"--max-bad-steps must be at least 1 and --max-rollbacks 0, got {self.max_bad_steps} and "
+                f"{self.max_rollbacks}"
+            )
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise InputError(f"--spike-factor must be above 1, got {self.spike_factor:g}; 5 is sensible")
+        if self.stall_timeout_s is not None and not self.stall_timeout_s > 0:
+            raise InputError(f"--stall-timeout-s must be positive, got {self.stall_timeout_s:g}")
+        if self.offload and self.zero_stage == 0:
+            raise InputError("--offload needs ZeRO, which deals the optimizer out: give --zero-stage 1, 2 or 3 with it")
         if self.ema_decay is not None and self.ema_width is not None:
             raise InputError("--ema-decay and --ema-width are two kinds of average: give one of them")
 
@@ -75,7 +97,11 @@ class TrainingOptions:
 
     def affecting_bytes(self) -> dict[str, object]:
         """Return the options that belong into a stage's fingerprint."""
-        return {name: value for name, value in sorted(vars(self).items()) if name not in NOT_AFFECTING_BYTES}
+        return {
+            name: value
+            for name, value in sorted(vars(self).items())
+            if name not in NOT_AFFECTING_BYTES and not (name in LEFT_OUT_WHEN_OFF and value is None)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,6 +194,7 @@ class PreferenceObjective:
 
     columns = (*CONDITIONS, "winner", "loser")
     validation_data = None
+    loss_is_mean = True
 
     @property
     def name(self) -> str:

@@ -104,6 +104,8 @@ class SFCAVPObjective:
 
     name = "sf_cavp"
     probe_every = 0
+    loss_is_mean = False
+    """Every sample is contrasted with all others of the global micro batch."""
     stop_on_alarm = False
 
     @property

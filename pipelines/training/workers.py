@@ -25,6 +25,8 @@ import torch
 from pipelines.cluster import cluster_cpus, cluster_gpus
 from pipelines.devices import cpu_device
 from pipelines.errors import EnvironmentFailed, InputError, PipelineError
+from pipelines.training.adjustments import MemoryRanOut
+from pipelines.training.stall import Heart, Place, StallBoard
 from pipelines.training.world import Report, World
 
 Result_co = TypeVar("Result_co", covariant=True)
@@ -49,6 +51,11 @@ class Order(Protocol[Result_co]):
         """Folder on storage that all workers see."""
         ...
 
+    @property
+    def stall_timeout_s(self) -> float | None:
+        """Seconds without progress after which a rank is ended and the group started again; None: not watched."""
+        ...
+
     def run(self, world: World, report: Report) -> Result_co | None:
         """Do this rank's share; the result on rank 0, once all ranks are through, and None on the others."""
         ...
@@ -58,6 +65,12 @@ class Order(Protocol[Result_co]):
 class _Entry:
     order: Order[Any]
     attempts: int = 0
+    board: StallBoard | None = None
+    """Of the attempt that runs."""
+    named: bool = False
+    """Whether ranks that hang in this attempt were named."""
+    excused: bool = False
+    """Whether this attempt does not count."""
     result: Any = None
     error: str | None = None
     exit_code: int = 1
@@ -113,7 +126,34 @@ class OrderBook:
                 "see their logs, then run the same command again"
             )
             entry.exit_code = EnvironmentFailed.exit_code
+        limit_s = entry.order.stall_timeout_s
+        entry.board = None if limit_s is None else StallBoard(limit_s)
+        entry.named = entry.excused = False
         return entry.is_open
+
+    def excuse(self, number: int) -> None:
+        """Do not count the attempt that runs: it ends so that the next one can be another. Every rank may say so."""
+        entry = self._entries[number]
+        entry.attempts -= not entry.excused
+        entry.excused = True
+
+    def leave(self, number: int) -> None:
+        """Watch nobody until the next attempt: this one is over, and its ranks go silent."""
+        self._entries[number].board = None
+
+    def beat(self, number: int, rank: int, place: Place | None) -> bool:
+        """Take a sign of life; True tells the rank that the others wait for it and that it is to end itself."""
+        board = self._entries[number].board
+        return board is not None and board.hear(rank, place, time.monotonic())
+
+    def stalled(self, number: int) -> str | None:
+        """Say which ranks hang, once for every attempt."""
+        entry = self._entries[number]
+        if entry.board is None or entry.named:
+            return None
+        stall = entry.board.stall(time.monotonic())
+        entry.named = stall is not None
+        return None if stall is None else stall.line(entry.board.limit_s)
 
     def report(self, number: int, step: int, metrics: dict[str, float]) -> None:
         """Take progress from a rank."""
@@ -162,7 +202,11 @@ class WorkerGroup:
         placed = time.monotonic()
         warned = False
         while True:
-            result, error, exit_code, news = ray.get(self._book.state.remote(number))
+            (result, error, exit_code, news), hanging = ray.get(
+                [self._book.state.remote(number), self._book.stalled.remote(number)]
+            )
+            if hanging is not None:
+                logging.getLogger(__name__).warning("%s: %s", order.out, hanging)
             for step, metrics in news:
                 report(step, metrics)
             if error is not None:
@@ -285,7 +329,11 @@ def _do(book: Any, number: int, order: Order[Any], world: World) -> None:
     if not may_start:
         return
     try:
-        result = order.run(world, lambda step, metrics: book.report.remote(number, step, metrics))
+        with _watched(book, number, order.stall_timeout_s, world):
+            result = order.run(world, lambda step, metrics: book.report.remote(number, step, metrics))
+    except MemoryRanOut:
+        ray.get(book.excuse.remote(number))
+        raise
     except PipelineError as error:
         ray.get(book.fail.remote(number, str(error), error.exit_code))
         raise
@@ -296,6 +344,32 @@ def _do(book: Any, number: int, order: Order[Any], world: World) -> None:
         raise
     if result is not None:
         ray.get(book.finish.remote(number, result))
+
+
+@contextmanager
+def _watched(book: Any, number: int, limit_s: float | None, world: World) -> Iterator[None]:
+    """Inside, this rank's place is told to the book, and a rank that hangs is ended."""
+    import ray
+
+    if limit_s is None:
+        yield
+        return
+    # Longer than the book ever takes; a beat that is lost to a busy machine is only a beat.
+    patience_s = max(limit_s / 2, 1.0)
+    heart = Heart(
+        world.rank,
+        world.pulse,
+        limit_s,
+        lambda place: ray.get(book.beat.remote(number, world.rank, place), timeout=patience_s),
+    )
+    try:
+        yield
+    except BaseException:
+        # The ranks that die with this one say nothing more: they do not hang.
+        book.leave.remote(number)
+        raise
+    finally:
+        heart.close()
 
 
 def _rebuild(message: str, exit_code: int) -> PipelineError:

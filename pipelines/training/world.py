@@ -4,12 +4,14 @@ Objectives get `gather` handed in, so models never hear of ranks. With one rank 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pipelines.training.stall import Pulse
 
 Report = Callable[[int, dict[str, float]], None]
 """Told of progress: (step, metrics) by a training's rank 0, (rows done, nothing) by every rank that does units."""
@@ -44,6 +46,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    pulse: Pulse = field(default_factory=Pulse, compare=False)
+    """Where this rank is, for whoever watches that it does not hang."""
 
     @property
     def is_main(self) -> bool:

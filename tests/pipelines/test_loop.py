@@ -1,7 +1,6 @@
 """The loop in one process: the losses of a plain torch loop, exact resume, skipped steps, averages."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -205,11 +204,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_and_changes_nothing(
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_their_numbers(features: str, tmp_path: Path) -> None:
-    options = dataclasses.replace(OPTIONS, max_bad_steps=3)
+    options = dataclasses.replace(OPTIONS, max_bad_steps=3, max_rollbacks=0)
     with pytest.raises(EnvironmentFailed, match=r"steps 5 to 7 .*not finite.*--lr"):
         _fit(ToyObjective(features=features, bad_steps=(4, 5, 6)), options, tmp_path)
-    state = json.loads((tmp_path / "checkpoints" / "step_00000006-1" / "training.json").read_text())
-    assert (state["step"], state["skipped_steps"]) == (6, 2)
+    # Nothing is kept that a run might have to go back from at once.
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003-1"]
 
 
 def test_an_average_of_power_form_is_kept_too(features: str, tmp_path: Path) -> None:
