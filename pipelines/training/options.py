@@ -6,12 +6,12 @@ from dataclasses import dataclass, fields
 from pipelines.errors import InputError
 from pipelines.training.schedule import Schedule, ScheduleName
 
-NOT_AFFECTING_BYTES = ("checkpoint_every", "keep_last")
+NOT_AFFECTING_BYTES = ("checkpoint_every", "keep_last", "keep_every")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How to train; everything here but `checkpoint_every` and `keep_last` affects the result."""
+    """How to train; everything but which checkpoints there are affects the result."""
 
     steps: int
     """Optimizer steps."""
@@ -49,6 +49,8 @@ class TrainingOptions:
     """Steps between checkpoints."""
     keep_last: int = 2
     """Checkpoints that are kept while training, besides the best one."""
+    keep_every: int = 0
+    """Keep also the checkpoints of every so many steps, a multiple of --checkpoint-every; 0: none."""
     max_bad_steps: int = 20
     """So many skipped steps in a row (loss or gradient not finite) end the run."""
 
@@ -57,6 +59,10 @@ class TrainingOptions:
         if min(counts) < 1:
             raise InputError(
                 "--steps, --batch-size, --accumulation, --checkpoint-every and --keep-last must be at least 1"
+            )
+        if self.keep_every < 0 or self.keep_every % self.checkpoint_every:
+            raise InputError(
+                f"--keep-every {self.keep_every} must be 0 or a multiple of --checkpoint-every {self.checkpoint_every}"
             )
         if self.zero_stage not in (0, 1, 2, 3):
             raise InputError(f"--zero-stage must be 0, 1, 2 or 3, got {self.zero_stage}")
