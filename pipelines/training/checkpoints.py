@@ -3,7 +3,7 @@
 A checkpoint is a folder `step_<n>-<attempt>` that all ranks write into; it counts only once its `COMPLETE` file lies
 there, which names every file with its size and sha256. It is published last, by a rename, so a kill at any
 moment leaves either a whole checkpoint or one that is skipped with the reason. A resumed run never
-writes into a folder of an earlier attempt.
+writes into a folder of an earlier attempt. Until then the ranks tell each other by receipts that lie in the folder.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import Any
 
 COMPLETE = "COMPLETE"
 FOLDER = re.compile(r"step_(\d{8})-(\d+)")
+WEIGHTS = re.compile(r"weights_\d{5}_of_\d{5}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The folder's name, which is DeepSpeed's tag."""
+        """The folder's name."""
         return self.path.name
 
 
@@ -61,17 +62,57 @@ def list_files(folder: Path) -> list[str]:
     return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != COMPLETE)
 
 
+def weights_name(rank: int, world_size: int) -> str:
+    """Return the name of the file with a rank's share of weights and optimizer."""
+    return f"weights_{rank:05d}_of_{world_size:05d}.safetensors"
+
+
+def is_weights(name: str) -> bool:
+    """Whether this is the name of such a file."""
+    return WEIGHTS.fullmatch(name) is not None
+
+
+def sync(path: Path) -> None:
+    """Bring a written file to the disk; raises OSError."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def publish_receipt(folder: Path, rank: int, files: dict[str, dict[str, Any]], *, error: str | None) -> None:
+    """Tell rank 0 that this rank's files are on the disk, or why they are not."""
+    _write_once(folder / _receipt(rank), {"files": files, "error": error})
+
+
+def read_receipt(folder: Path, rank: int) -> dict[str, dict[str, Any]] | None:
+    """Return the files of a rank, or None while it writes; raises OSError with what the rank met."""
+    try:
+        content = json.loads((folder / _receipt(rank)).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if content["error"] is not None:
+        raise OSError(f"rank {rank}: {content['error']}")
+    return content["files"]
+
+
+def _receipt(rank: int) -> str:
+    return f"receipt_{rank:05d}.json"
+
+
+def _write_once(path: Path, content: dict[str, Any]) -> None:
+    pending = path.with_name(f"{path.name}.new")
+    with pending.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    pending.replace(path)
+
+
 def publish(
     folder: Path, *, step: int, world_size: int, metric: float | None, files: dict[str, dict[str, Any]]
 ) -> Checkpoint:
     """Make a written folder a checkpoint: fsync its `COMPLETE` under another name, then rename it."""
     content = {"step": step, "world_size": world_size, "metric": metric, "files": files}
-    pending = folder / f"{COMPLETE}.new"
-    with pending.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    pending.replace(folder / COMPLETE)
+    _write_once(folder / COMPLETE, content)
     return Checkpoint(folder, step, world_size, metric, files)
 
 
@@ -88,8 +129,8 @@ def newest_complete(root: Path) -> tuple[Checkpoint | None, list[Skipped]]:
     return None, skipped
 
 
-def retain(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, the best one, and unfinished folders of later steps.
+def retain(root: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Delete all but the newest `keep_last` checkpoints, the best one, and those of every `keep_every` steps (0: none).
 
     Broken folders older than the newest checkpoint go too: nothing can ever use them.
     """
@@ -99,6 +140,8 @@ def retain(root: Path, keep_last: int) -> None:
     measured = [checkpoint for checkpoint in complete if checkpoint.metric is not None]
     if measured:
         keep.add(min(measured, key=lambda checkpoint: checkpoint.metric or 0.0).name)
+    if keep_every > 0:
+        keep |= {checkpoint.name for checkpoint in complete if checkpoint.step % keep_every == 0}
     for name in _folders(root):
         if name not in keep and complete and _parse(name) < _parse(complete[-1].name):
             shutil.rmtree(root / name, ignore_errors=True)

@@ -9,8 +9,8 @@ share of them all the same.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import getclosurevars
 from pathlib import Path
@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipelines.errors import InputError
+from pipelines.training.fragments import Fragments, HostCopy, copy_to_host
 from pipelines.training.objective import Batch, Gather, Trainee
 from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan
+from pipelines.training.ownership import Ownership
 from pipelines.training.world import World
 
 NormTest = Callable[[float], bool]
@@ -75,7 +78,10 @@ class Engine:
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
             for buffer in module.buffers(recurse=False)
         ]
-        self._trainable = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
+        trained = {name: parameter for name, parameter in trainee.named_parameters() if parameter.requires_grad}
+        self._trainable = list(trained.values())
+        self._shapes = {name: list(parameter.shape) for name, parameter in trained.items()}
+        self._is_main = world.is_main
         optimizer = torch.optim.AdamW(
             trainee.parameter_groups(options.weight_decay),
             lr=options.lr,
@@ -90,6 +96,7 @@ class Engine:
                 config=_config(options, plan, sum(parameter.numel() for parameter in self._trainable)),
                 dist_init_required=False,
             )
+        self._ownership = Ownership(self._engine, trained, options.zero_stage, world.rank, world.size)
         if options.spike_factor is not None and self._stage > 0:
             self._let_zero_skip_spikes()
 
@@ -210,18 +217,32 @@ class Engine:
         """The parameters that are trained, in a fixed order."""
         return self._trainable
 
-    def save(self, root: Path, name: str) -> None:
-        """Write this rank's share of weights and optimizer into `root/name`; returns when all ranks have.
+    def host_copy(self) -> HostCopy:
+        """Copy this rank's share of weights and optimizer to host memory, on rank 0 also the buffers.
 
-        Frozen weights are not written: an objective builds them again from what it starts from.
+        Frozen weights are not in it: an objective builds them again from what it starts from.
         """
-        self._engine.save_checkpoint(str(root), tag=name, save_latest=False, exclude_frozen_parameters=True)
+        return copy_to_host(self._ownership.owned(), self._buffers() if self._is_main else {}, self._shapes)
 
-    def load(self, root: Path, name: str) -> None:
-        """Restore weights and optimizer, strictly, as they were saved. Only files whose hashes were verified."""
-        path, _ = self._engine.load_checkpoint(str(root), tag=name, custom_load_fn=_load_trained)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint in {root / name}")
+    def load(self, paths: list[Path]) -> None:
+        """Restore weights, optimizer and buffers from the files of all ranks of any world and any ZeRO stage.
+
+        Raises:
+            InputError: they are of another model, or incomplete.
+        """
+        with ExitStack() as stack:
+            fragments = Fragments(paths, self._shapes, stack)
+            self._ownership.load(fragments)
+            saved, own = dict(fragments.buffers()), self._buffers()
+            if saved.keys() != own.keys():
+                raise InputError(f"{paths[0].parent}: other buffers than the model's: {sorted({*saved} ^ {*own})}")
+            for name, value in saved.items():
+                own[name].copy_(value)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Return the buffers that belong to the model's state, by name."""
+        state = self.trainee.state_dict()
+        return {name: buffer for name, buffer in self.trainee.named_buffers() if name in state}
 
     def close(self) -> None:
         """Release buffers and hooks; the weights stay usable except under ZeRO-3."""
@@ -248,14 +269,6 @@ def _forget_zero_3(trainee: nn.Module) -> None:
 
 def _never(norm: float) -> bool:
     return False
-
-
-def _load_trained(src: Mapping[str, Any], dst: nn.Module) -> None:
-    """Load a saved state dict into the trainee: everything but frozen parameters must be there."""
-    missing, unknown = dst.load_state_dict(src, strict=False)
-    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
-    if unknown or set(missing) - frozen:
-        raise RuntimeError(f"a checkpoint of another model: missing {sorted(set(missing) - frozen)}, unknown {unknown}")
 
 
 @contextmanager

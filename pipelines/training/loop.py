@@ -5,7 +5,6 @@ interrupted anywhere is done again from the newest complete checkpoint with the 
 the journal of an interrupted run equals that of an uninterrupted one.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from models.ema import WeightAverage, exponential_decay, gamma_of_width, power_decay
-from models.weights import load_weights, save_weights
 from pipelines.errors import EnvironmentFailed, InputError
 from pipelines.training import checkpoints
 from pipelines.training.adjustments import (
@@ -39,15 +37,12 @@ from pipelines.training.objective import Batch, Objective
 from pipelines.training.options import TrainingOptions
 from pipelines.training.order import GlobalOrder
 from pipelines.training.preflight import check_machine
+from pipelines.training.snapshots import Snapshots
 from pipelines.training.world import Report, World
 
 CHECKPOINTS = "checkpoints"
 JOURNAL = "metrics.jsonl"
-STATE = "training.json"
-AVERAGE = "average.safetensors"
 FIRST_ALARM = "first alarm"
-DISK_FAULT = "PytorchStreamWriter"
-"""What torch's own RuntimeError says when a file cannot be written to its end."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +161,7 @@ class _Run:
         self.engine = Engine(self.objective.build(world.device), self.options, self.plan, world)
         with self.engine.whole_weights(trained_alone=True):
             self.average = WeightAverage(self.engine.trainable) if self._averages() else None
+        self.snapshots = Snapshots(self.root, world, self.engine, self.options)
         self.journal: Journal | None = None
         self.prefetched: Prefetched | None = None
 
@@ -177,7 +173,8 @@ class _Run:
         self.world.pulse.at(0, "restore")
         found, skipped = self.world.share(checkpoints.newest_complete(self.root) if self.world.is_main else (None, []))
         if found is not None:
-            self._load(found)
+            self.progress = Progress(**self.snapshots.load(found, self.average))
+            self.engine.trainee.load_watch_state(self.progress.watch)
         self._adjust(cause)
         notes = [f"checkpoint {broken.name} passed over: {broken.reason}" for broken in skipped]
         if self.objective.probe_every and not self._probes():
@@ -214,6 +211,7 @@ class _Run:
 
     def finish(self) -> TrainingResult | None:
         """Export what the next stage loads, from the averaged weights if there are any; rank 0 returns the result."""
+        self.snapshots.wait()
         self.world.average_buffers(self.engine.trainee)
         with self._averaged_weights():
             if not self.engine.is_finite():
@@ -237,7 +235,8 @@ class _Run:
         )
 
     def close(self) -> None:
-        """Stop the reader, close the journal, free the engine."""
+        """Let a checkpoint under way end, stop the reader, close the journal, free the engine."""
+        self.snapshots.close()
         if self.prefetched is not None:
             self.prefetched.close()
         if self.journal is not None:
@@ -388,60 +387,11 @@ class _Run:
         return self.progress.last_validation
 
     def _checkpoint(self) -> None:
-        """Save, or stop cleanly where the storage does not take it; the checkpoints before stay whole."""
-        try:
-            self._save()
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and DISK_FAULT not in str(error):
-                raise
-            raise EnvironmentFailed(
-                f"{self.root}: the checkpoint of step {self.progress.step} cannot be written "
-                f"({str(error).splitlines()[0]}); free the storage and run the same command again"
-            ) from error
-
-    def _save(self) -> None:
-        """Write one checkpoint by all ranks; it is published when every file is hashed."""
-        name = self.world.share(checkpoints.folder_name(self.root, self.progress.step) if self.world.is_main else "")
-        folder = self.root / name
-        self.world.average_buffers(self.engine.trainee)
-        self.engine.save(self.root, name)
-        if self.world.is_main:
-            self.progress.watch = self.engine.trainee.watch_state()
-            if self.average is not None:
-                self.progress.num_average_updates = self.average.num_updates
-                save_weights(folder / AVERAGE, {f"{i:06d}": s for i, s in enumerate(self.average.shadows)})
-            (folder / STATE).write_text(json.dumps(vars(self.progress), indent=1), encoding="utf-8")
-        names = self.world.share(checkpoints.list_files(folder) if self.world.is_main else [])
-        mine = checkpoints.digest_files(folder, names[self.world.rank :: self.world.size])
-        files = {name: entry for part in self.world.collect(mine) for name, entry in part.items()}
-        if self.world.is_main:
-            checkpoints.publish(
-                folder,
-                step=self.progress.step,
-                world_size=self.world.size,
-                metric=self.progress.last_validation.get("val_loss"),
-                files=files,
-            )
-            checkpoints.retain(self.root, self.options.keep_last)
-
-    def _load(self, found: checkpoints.Checkpoint) -> None:
-        if found.world_size != self.world.size and self.options.zero_stage > 0:
-            raise InputError(
-                f"{found.path} was written by {found.world_size} workers under ZeRO-{self.options.zero_stage}, which "
-                f"cannot be dealt out to {self.world.size}: continue with --num-workers {found.world_size}"
-            )
-        self.engine.load(self.root, found.name)
-        state = json.loads((found.path / STATE).read_text(encoding="utf-8"))
-        self.progress = Progress(**state)
-        self.engine.trainee.load_watch_state(self.progress.watch)
+        """Begin a checkpoint; it is written beside the next steps."""
+        self.progress.watch = self.engine.trainee.watch_state()
         if self.average is not None:
-            shadows = load_weights(found.path / AVERAGE)
-            self.average.load_state_dict(
-                {
-                    "num_updates": self.progress.num_average_updates,
-                    "shadows": [shadows[name] for name in sorted(shadows)],
-                }
-            )
+            self.progress.num_average_updates = self.average.num_updates
+        self.snapshots.save(vars(self.progress), self.average, self.progress.last_validation.get("val_loss"))
 
     def _averaged_weights(self) -> AbstractContextManager[None]:
         if self.average is None:

@@ -6,7 +6,10 @@ from dataclasses import dataclass, fields
 from pipelines.errors import InputError
 from pipelines.training.schedule import Schedule, ScheduleName
 
-NOT_AFFECTING_BYTES = ("checkpoint_every", "keep_last", "max_rollbacks", "stall_timeout_s", "offload")
+NOT_AFFECTING_BYTES = (
+    *("checkpoint_every", "keep_last", "keep_every"),
+    *("max_rollbacks", "stall_timeout_s", "offload"),
+)
 LEFT_OUT_WHEN_OFF = ("spike_factor",)
 """Options that came later: at None a fingerprint does not name them, so earlier work keeps its own."""
 
@@ -51,6 +54,8 @@ class TrainingOptions:
     """Steps between checkpoints."""
     keep_last: int = 2
     """Checkpoints that are kept while training, besides the best one."""
+    keep_every: int = 0
+    """Keep also the checkpoints of every so many steps, a multiple of --checkpoint-every; 0: none."""
     max_bad_steps: int = 20
     """So many skipped steps in a row (loss or gradient not finite, or a spike) lead back to the last checkpoint."""
     max_rollbacks: int = 2
@@ -68,6 +73,10 @@ class TrainingOptions:
         if min(counts) < 1:
             raise InputError(
                 "--steps, --batch-size, --accumulation, --checkpoint-every and --keep-last must be at least 1"
+            )
+        if self.keep_every < 0 or self.keep_every % self.checkpoint_every:
+            raise InputError(
+                f"--keep-every {self.keep_every} must be 0 or a multiple of --checkpoint-every {self.checkpoint_every}"
             )
         if self.zero_stage not in (0, 1, 2, 3):
             raise InputError(f"--zero-stage must be 0, 1, 2 or 3, got {self.zero_stage}")

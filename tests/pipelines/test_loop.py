@@ -175,7 +175,7 @@ def test_a_finished_run_called_again_exports_again_without_a_step(features: str,
 def test_a_broken_newest_checkpoint_is_named_and_the_one_before_used(features: str, tmp_path: Path) -> None:
     _interrupted(ToyObjective(features=features), OPTIONS, tmp_path / "cut", 8)
     newest = tmp_path / "cut" / "checkpoints" / "step_00000006-1"
-    weights = next(newest.glob("*model_states.pt"))
+    weights = next(newest.glob("weights_*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-10])
     result = _fit(ToyObjective(features=features), OPTIONS, tmp_path / "cut")
     _fit(ToyObjective(features=features), OPTIONS, tmp_path / "whole")
