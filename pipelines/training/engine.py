@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipelines.training.objective import Batch, Gather, Trainee
 from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan
+from pipelines.training.timing import StepClock
 from pipelines.training.world import World
 
 QUIET = 10**9
@@ -75,6 +76,8 @@ class Engine:
                 config=_config(options, plan, sum(parameter.numel() for parameter in self._trainable)),
                 dist_init_required=False,
             )
+        # At stage 0 gradients are averaged after backward in any case; done by `backward` below, it can be timed.
+        self._engine.enable_backward_allreduce = self._stage > 0
 
     def __call__(self, batch: Batch, gather: Gather) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (scalar) and metrics of a micro batch."""
@@ -84,7 +87,7 @@ class Engine:
         """Switch training mode on or off."""
         self._engine.train(mode)
 
-    def backward(self, loss: Tensor, *, last: bool, learning_rate: float) -> StepOutcome | None:
+    def backward(self, loss: Tensor, *, last: bool, learning_rate: float, clock: StepClock) -> StepOutcome | None:
         """Add the gradients of one micro batch; on the `last` one clip, step, and say how it went.
 
         A loss that is not finite poisons the gradients on purpose: then the one check, the gradient norm after the
@@ -92,13 +95,18 @@ class Engine:
         """
         # A factor and not a branch: no wait for the device.
         factor = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
-        self._engine.backward(loss * factor)
+        with clock.part("backward"):
+            self._engine.backward(loss * factor)
         if not last:
             self._engine.step()
             return None
+        if self._stage == 0:
+            with clock.part("communication"):
+                self._engine.allreduce_gradients()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        return self._step_plain() if self._stage == 0 else self._step_zero()
+        with clock.part("optimizer"):
+            return self._step_plain() if self._stage == 0 else self._step_zero()
 
     def _step_plain(self) -> StepOutcome:
         """Stage 0: gradients are whole and already averaged on every rank."""

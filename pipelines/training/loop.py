@@ -21,12 +21,15 @@ from models.ema import WeightAverage, exponential_decay, gamma_of_width, power_d
 from models.weights import load_weights, save_weights
 from pipelines.errors import EnvironmentFailed, InputError
 from pipelines.training import checkpoints
-from pipelines.training.batches import BatchSource, Prefetched, RowGroups, validation_batches
+from pipelines.training.batches import SAMPLE_ROWS, BatchSource, Prefetched, RowGroups, validation_batches
 from pipelines.training.engine import Engine, StepOutcome
+from pipelines.training.flops import count_flops
+from pipelines.training.gpus import peak_flops
 from pipelines.training.journal import Journal
 from pipelines.training.objective import Batch, Objective
 from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan, GlobalOrder
+from pipelines.training.timing import StepClock, StepCost, StepMeter
 from pipelines.training.world import Report, World
 
 CHECKPOINTS = "checkpoints"
@@ -122,7 +125,14 @@ class _Run:
             seed=self.options.seed,
             collate=self.objective.collate,
         )
-        self.engine = Engine(self.objective.build(world.device), self.options, self.plan, world)
+        trainee = self.objective.build(world.device)
+        self.peak_flops, self.sample_flops = self._device_peak(), None
+        if self.peak_flops is not None:
+            # Before the engine deals the weights out to the workers.
+            counted = count_flops(trainee, self._to_device(self.source.sample()))
+            self.sample_flops = None if counted is None else counted // SAMPLE_ROWS
+        self.engine = Engine(trainee, self.options, self.plan, world)
+        self.clock = StepClock(world.device)
         with self.engine.whole_weights(trained_alone=True):
             self.average = WeightAverage(self.engine.trainable) if self._averages() else None
         self.journal: Journal | None = None
@@ -145,6 +155,12 @@ class _Run:
         first = self.progress.step
         self.prefetched = Prefetched(self.source.micro_batches(first, self.options.steps))
         batches = iter(self.prefetched)
+        meter = StepMeter(
+            batch_size=self.options.batch_size,
+            world_size=self.world.size,
+            first_step=first,
+            total_steps=self.options.steps,
+        )
         for step in range(first, self.options.steps):
             if self.progress.stopped is not None:
                 break
@@ -157,7 +173,10 @@ class _Run:
                 "grad_norm": outcome.grad_norm,
                 "skipped": float(not outcome.applied),
             }
-            metrics["samples_per_s"] = self.options.batch_size / (time.perf_counter() - started)
+            cost = StepCost(
+                sample_bytes=self.groups.row_bytes, sample_flops=self.sample_flops, peak_flops=self.peak_flops
+            )
+            metrics |= meter.metrics(step, time.perf_counter() - started, self.clock.end_step(), cost)
             self._watch(metrics)
             if self._due(self.options.validate_every):
                 metrics |= self._validate()
@@ -200,13 +219,15 @@ class _Run:
         probed: dict[str, float] = {}
         outcome: StepOutcome | None = None
         for micro in range(self.options.accumulation):
-            batch = self._to_device(next(batches))
+            with self.clock.part("data"):
+                batch = self._to_device(next(batches))
             if probing and micro == 0:
                 probed = self.engine.trainee.probe(batch, self.world.gather)
-            loss, metrics = self.engine(batch, self.world.gather)
+            with self.clock.part("forward"):
+                loss, metrics = self.engine(batch, self.world.gather)
             metrics = {"loss": loss.detach(), **metrics}
             last = micro == self.options.accumulation - 1
-            outcome = self.engine.backward(loss, last=last, learning_rate=self.learning_rate(step))
+            outcome = self.engine.backward(loss, last=last, learning_rate=self.learning_rate(step), clock=self.clock)
             share = 1.0 / self.options.accumulation
             totals = {name: totals.get(name, 0.0) + value * share for name, value in metrics.items()}
         if outcome is None:
@@ -345,6 +366,12 @@ class _Run:
         """Every so many steps, and after the last one."""
         at_end = self.progress.step == self.options.steps or self.progress.stopped is not None
         return at_end or (every > 0 and self.progress.step % every == 0)
+
+    def _device_peak(self) -> float | None:
+        """Operations a second of rank 0's GPU; None on the other ranks, which report nothing."""
+        if not self.world.is_main or self.world.device.type != "cuda":
+            return None
+        return peak_flops(torch.cuda.get_device_name(self.world.device), bf16=self.options.bf16)
 
     def _to_device(self, batch: Batch) -> Batch:
         if self.world.device.type == "cpu":
