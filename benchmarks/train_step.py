@@ -53,7 +53,8 @@ def write_made_up_features(out: Path, size: str, rows: int) -> str:
         row["latent_mean"] = rng.standard_normal((spec.latent_len, spec.latent_dim)).astype(np.float32)
         row["latent_std"] = np.full_like(row["latent_mean"], 0.1)
         made.append(row)
-    return str(write_dataset(out, FEATURES, {"train": table_from_rows(made, FEATURES, spec)}, {"rows": rows}))
+    table = table_from_rows(made, FEATURES, spec)
+    return str(write_dataset(out, FEATURES, {"train": table}, {"rows": rows}, spec))
 
 
 def bare_steps(rank: int, world: int, start: str, size: str, batch: int, steps: int, bf16: bool, scratch: str) -> None:

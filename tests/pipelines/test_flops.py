@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from models.mmdit import SIZES, MMDiT
 from pipelines.training.activations import fake_batch, trainee_without_memory
 from pipelines.training.flops import count_flops
-from pipelines.training.gpus import GPUS, peak_flops
+from pipelines.training.gpus import GPUS, GpuName, peak_flops
 from pipelines.training.objective import Batch, Gather, Trainee
 
 
@@ -78,7 +78,7 @@ def test_a_big_policy_needs_at_least_six_operations_a_weight_and_token_of_its_la
         ("NVIDIA L40S", "l40s"),
     ],
 )
-def test_a_gpu_is_known_by_the_name_that_cuda_gives_it(name: str, gpu: str) -> None:
+def test_a_gpu_is_known_by_the_name_that_cuda_gives_it(name: str, gpu: GpuName) -> None:
     assert peak_flops(name, bf16=True) == GPUS[gpu].bf16_tflops * 1e12
     assert peak_flops(name, bf16=False) == GPUS[gpu].fp32_tflops * 1e12
 
