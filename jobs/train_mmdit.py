@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from jobs import cli
+from pipelines.training.gpus import GpuName
 from pipelines.training.options import PolicyTrainingOptions
 from pipelines.training.schedule import ScheduleName
 
@@ -46,9 +47,11 @@ class Options(PolicyTrainingOptions):
     ema_width: float | None = 0.05
     """Relative width of a power-function average of the weights, exported in their place; None: off."""
     dry_run: bool = False
-    """Print the memory that a worker would need under each ZeRO stage, and touch nothing."""
+    """Print the memory that a worker would need under each ZeRO stage, with --gpu the hours too, and touch nothing."""
+    gpu: GpuName | None = None
+    """With --dry-run: the workers' GPU, to say what fits it and how long the training would take."""
     gpu_gib: float | None = None
-    """With --dry-run: memory of a GPU in GiB, to say what fits it."""
+    """With --dry-run: memory of a GPU in GiB, to say what fits it; None: that of --gpu."""
 
 
 def main(options: Options, group: "WorkerGroup | None" = None) -> int:
@@ -78,10 +81,15 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
 
 
 def _print_needs(options: Options) -> int:
-    from pipelines.training.dry_run import memory_lines
+    from pipelines.training.dry_run import dry_run_lines
 
-    lines = memory_lines(
-        options.size, options, num_workers=options.num_workers, reference=False, gpu_gib=options.gpu_gib
+    lines = dry_run_lines(
+        options.size,
+        options,
+        num_workers=options.num_workers,
+        reference=False,
+        gpu=options.gpu,
+        gpu_gib=options.gpu_gib,
     )
     print(*lines, sep="\n")
     return 0

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from jobs import cli
+from pipelines.training.gpus import GpuName
 from pipelines.training.options import PolicyTrainingOptions
 
 if TYPE_CHECKING:
@@ -54,9 +55,11 @@ class Options(PolicyTrainingOptions):
     weight_decay: float = 1e-2
     """AdamW's decoupled weight decay."""
     dry_run: bool = False
-    """Print the memory that a worker would need under each ZeRO stage, and touch nothing."""
+    """Print the memory that a worker would need under each ZeRO stage, with --gpu the hours too, and touch nothing."""
+    gpu: GpuName | None = None
+    """With --dry-run: the workers' GPU, to say what fits it and how long the training would take."""
     gpu_gib: float | None = None
-    """With --dry-run: memory of a GPU in GiB, to say what fits it."""
+    """With --dry-run: memory of a GPU in GiB, to say what fits it; None: that of --gpu."""
 
 
 def main(options: Options, group: "WorkerGroup | None" = None) -> int:
@@ -95,13 +98,14 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
 
 
 def _print_needs(options: Options) -> int:
-    from pipelines.training.dry_run import memory_lines, policy_size
+    from pipelines.training.dry_run import dry_run_lines, policy_size
 
-    lines = memory_lines(
+    lines = dry_run_lines(
         policy_size(options.policy),
         options,
         num_workers=options.num_workers,
         reference=options.objective == "dpo",
+        gpu=options.gpu,
         gpu_gib=options.gpu_gib,
     )
     print(*lines, sep="\n")

@@ -24,6 +24,15 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
+    def start_at(self, done: int) -> None:
+        """Take `done` rows as there before this started: the rate is that of what comes after."""
+        self._done = self._first = done
+        self._started = time.monotonic()
+        if self._bar is not None:
+            self._bar.reset(self._total)
+            self._bar.initial = self._bar.n = done
+            self._bar.last_print_n = done
+
     def advance(self, count: int) -> None:
         """Count `count` more rows."""
         self._done += count

@@ -109,14 +109,16 @@ def write_pairs(out: Path, num_kept: int, num_dropped: int, policy: str = "polic
     return write_dataset(out, PAIRS, {"rpo": table}, {"seed": seed, "kept": num_kept, "dropped": num_dropped})
 
 
-def write_dataset(out: Path, contract: Contract, tables: dict[str, pa.Table], config: dict[str, object]) -> Path:
+def write_dataset(
+    out: Path, contract: Contract, tables: dict[str, pa.Table], config: dict[str, object], spec: ClipSpec = TINY
+) -> Path:
     """Write conforming tables, one part each, and the manifest; returns the folder."""
 
     def body(context: StageContext) -> None:
         for name, table in tables.items():
             unit = Unit(unit_id=name, split=name, rows=tuple(range(table.num_rows)))
-            commit_unit(context.folder, unit, table, REJECTS.schema(TINY).empty_table(), contract, TINY)
-        context.finish(dataset_manifest(open_folder(str(out)), contract, TINY))
+            commit_unit(context.folder, unit, table, REJECTS.schema(spec).empty_table(), contract, spec)
+        context.finish(dataset_manifest(open_folder(str(out)), contract, spec))
 
     run_stage(
         name="factory",

@@ -4,6 +4,7 @@ A rank reads whole row groups, in the order of the global sequence, only the col
 lately stay in memory, so a dataset that fits is read once.
 """
 
+import math
 import queue
 import threading
 from collections import OrderedDict
@@ -21,6 +22,8 @@ from pipelines.training.order import BatchPlan, GlobalOrder
 
 CACHE_BYTES = 2**30
 PREFETCHED_BATCHES = 4
+SAMPLE_ROWS = 2
+"""Of a batch that is made for its shapes alone: losses over a batch need more than one row."""
 
 
 class RowGroups:
@@ -43,6 +46,7 @@ class RowGroups:
             )
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._cached_bytes = 0
+        self._read_bytes, self._read_rows = 0, 0
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -50,6 +54,11 @@ class RowGroups:
         if self._kept is not None:
             return tuple(len(rows) for rows in self._kept)
         return tuple(part.row_groups[index] for part, index in self._groups)
+
+    @property
+    def row_bytes(self) -> float:
+        """Mean bytes of a row's columns as they lie in memory, over the row groups read so far; NaN before any."""
+        return self._read_bytes / self._read_rows if self._read_rows else math.nan
 
     def _rows_to_keep(self, column: str | None) -> list[np.ndarray] | None:
         if column is None:
@@ -77,6 +86,8 @@ class RowGroups:
         table = self._dataset.read_row_group(part, index, self._columns)
         if self._kept is not None:
             table = table.take(pa.array(self._kept[group]))
+        self._read_bytes += table.nbytes
+        self._read_rows += table.num_rows
         self._cache[group] = table
         self._cached_bytes += table.nbytes
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
@@ -98,6 +109,12 @@ class BatchSource:
     rank: int
     seed: int
     collate: Collate
+
+    def sample(self) -> Batch:
+        """`SAMPLE_ROWS` times the first row: a batch for its shapes."""
+        first = next(group for group, size in enumerate(self.groups.sizes) if size)
+        places = np.full((SAMPLE_ROWS, 2), (first, 0), np.int64)
+        return self.collate(self.groups.take(places), Draws(self.seed, "training", tuple(range(SAMPLE_ROWS))))
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """Yield the micro batches of steps [first_step, last_step), `accumulation` a step."""

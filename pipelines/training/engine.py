@@ -25,6 +25,7 @@ from pipelines.training.objective import Batch, Gather, Trainee
 from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan
 from pipelines.training.ownership import Ownership
+from pipelines.training.timing import StepClock
 from pipelines.training.world import World
 
 NormTest = Callable[[float], bool]
@@ -99,6 +100,8 @@ class Engine:
         self._ownership = Ownership(self._engine, trained, options.zero_stage, world.rank, world.size)
         if options.spike_factor is not None and self._stage > 0:
             self._let_zero_skip_spikes()
+        # At stage 0 gradients are averaged after backward in any case; done by `backward` below, it can be timed.
+        self._engine.enable_backward_allreduce = self._stage > 0
 
     def __call__(self, batch: Batch, gather: Gather) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (scalar) and metrics of a micro batch."""
@@ -118,7 +121,13 @@ class Engine:
         self._engine.train(mode)
 
     def backward(
-        self, loss: Tensor, *, last: bool, learning_rate: float, is_spike: NormTest | None = None
+        self,
+        loss: Tensor,
+        *,
+        last: bool,
+        learning_rate: float,
+        clock: StepClock,
+        is_spike: NormTest | None = None,
     ) -> StepOutcome | None:
         """Add the gradients of one micro batch; on the `last` one clip, step, and say how it went.
 
@@ -129,14 +138,19 @@ class Engine:
         """
         # A factor and not a branch: no wait for the device.
         factor = torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
-        self._engine.backward(loss * factor)
+        with clock.part("backward"):
+            self._engine.backward(loss * factor)
         if not last:
             self._engine.step()
             return None
+        if self._stage == 0:
+            with clock.part("communication"):
+                self._engine.allreduce_gradients()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._is_spike, self._spike_norm = is_spike or _never, None
-        return self._step_plain() if self._stage == 0 else self._step_zero()
+        with clock.part("optimizer"):
+            return self._step_plain() if self._stage == 0 else self._step_zero()
 
     def _step_plain(self) -> StepOutcome:
         """Stage 0: gradients are whole and already averaged on every rank."""

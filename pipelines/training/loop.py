@@ -29,8 +29,10 @@ from pipelines.training.adjustments import (
     write_adjustments,
 )
 from pipelines.training.attempts import Attempt, repeat
-from pipelines.training.batches import BatchSource, Prefetched, RowGroups, validation_batches
+from pipelines.training.batches import SAMPLE_ROWS, BatchSource, Prefetched, RowGroups, validation_batches
 from pipelines.training.engine import Engine, StepOutcome
+from pipelines.training.flops import count_flops
+from pipelines.training.gpus import peak_flops
 from pipelines.training.guards import GRAD_NORM, LOSS, SpikeGuard
 from pipelines.training.journal import Journal
 from pipelines.training.objective import Batch, Objective
@@ -38,6 +40,7 @@ from pipelines.training.options import TrainingOptions
 from pipelines.training.order import GlobalOrder
 from pipelines.training.preflight import check_machine
 from pipelines.training.snapshots import Snapshots
+from pipelines.training.timing import StepClock, StepCost, StepMeter
 from pipelines.training.world import Report, World
 
 CHECKPOINTS = "checkpoints"
@@ -158,7 +161,14 @@ class _Run:
             seed=self.options.seed,
             collate=self.objective.collate,
         )
-        self.engine = Engine(self.objective.build(world.device), self.options, self.plan, world)
+        trainee = self.objective.build(world.device)
+        self.peak_flops, self.sample_flops = self._device_peak(), None
+        if self.peak_flops is not None:
+            # Before the engine deals the weights out to the workers.
+            counted = count_flops(trainee, self._to_device(self.source.sample()))
+            self.sample_flops = None if counted is None else counted // SAMPLE_ROWS
+        self.engine = Engine(trainee, self.options, self.plan, world)
+        self.clock = StepClock(world.device)
         with self.engine.whole_weights(trained_alone=True):
             self.average = WeightAverage(self.engine.trainable) if self._averages() else None
         self.snapshots = Snapshots(self.root, world, self.engine, self.options)
@@ -190,6 +200,12 @@ class _Run:
         first = self.progress.step
         self.prefetched = Prefetched(self._micro_batches(first))
         batches = iter(self.prefetched)
+        meter = StepMeter(
+            batch_size=self.options.batch_size,
+            world_size=self.world.size,
+            first_step=first,
+            total_steps=self.options.steps,
+        )
         for step in range(first, self.options.steps):
             if self.progress.stopped is not None:
                 break
@@ -198,7 +214,10 @@ class _Run:
             metrics, outcome = self._step(step, batches, probing)
             self._count(step, metrics, outcome)
             metrics |= {"learning_rate": self.learning_rate(step)}
-            metrics["samples_per_s"] = self.options.batch_size / (time.perf_counter() - started)
+            cost = StepCost(
+                sample_bytes=self.groups.row_bytes, sample_flops=self.sample_flops, peak_flops=self.peak_flops
+            )
+            metrics |= meter.metrics(step, time.perf_counter() - started, self.clock.end_step(), cost)
             self._watch(metrics)
             if self._due(self.options.validate_every):
                 metrics |= self._validate()
@@ -253,11 +272,13 @@ class _Run:
         statistics = self.engine.batch_statistics()
         for micro in range(self.plan.accumulation):
             self.world.pulse.at(step, "data")
-            batch = self._to_device(next(batches))
+            with self.clock.part("data"):
+                batch = self._to_device(next(batches))
             self.world.pulse.at(step, "forward")
             if probing and micro == 0:
                 probed = self.engine.trainee.probe(batch, self.world.gather)
-            loss, metrics = self.engine(batch, self.world.gather)
+            with self.clock.part("forward"):
+                loss, metrics = self.engine(batch, self.world.gather)
             metrics = {LOSS: loss.detach(), **metrics}
             share = 1.0 / self.plan.accumulation
             totals = {name: totals.get(name, 0.0) + value * share for name, value in metrics.items()}
@@ -267,7 +288,11 @@ class _Run:
                 loss_spike, loss = True, loss * math.nan
             self.world.pulse.at(step, "backward")
             outcome = self.engine.backward(
-                loss, last=last, learning_rate=self.learning_rate(step), is_spike=self._is_norm_spike
+                loss,
+                last=last,
+                learning_rate=self.learning_rate(step),
+                clock=self.clock,
+                is_spike=self._is_norm_spike,
             )
         if outcome is None:
             raise RuntimeError("the last micro batch of a step did not step")
@@ -415,6 +440,12 @@ class _Run:
         """Every so many steps, and after the last one."""
         at_end = self.progress.step == self.options.steps or self.progress.stopped is not None
         return at_end or (every > 0 and self.progress.step % every == 0)
+
+    def _device_peak(self) -> float | None:
+        """Operations a second of rank 0's GPU; None on the other ranks, which report nothing."""
+        if not self.world.is_main or self.world.device.type != "cuda":
+            return None
+        return peak_flops(torch.cuda.get_device_name(self.world.device), bf16=self.options.bf16)
 
     def _to_device(self, batch: Batch) -> Batch:
         if self.world.device.type == "cpu":

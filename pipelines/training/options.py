@@ -82,6 +82,11 @@ class TrainingOptions:
             raise InputError(f"--zero-stage must be 0, 1, 2 or 3, got {self.zero_stage}")
         if self.lr <= 0 or (self.clip is not None and self.clip <= 0):
             raise InputError(f"--lr and --clip must be positive, got {self.lr} and {self.clip}")
+        if self.ema_decay is not None and self.ema_width is not None:
+            raise InputError("--ema-decay and --ema-width are two kinds of average: give one of them")
+        self._check_safety()
+
+    def _check_safety(self) -> None:
         if self.max_bad_steps < 1 or self.max_rollbacks < 0:
             raise InputError(
                 f"--max-bad-steps must be at least 1 and --max-rollbacks 0, got {self.max_bad_steps} and "
@@ -93,8 +98,6 @@ class TrainingOptions:
             raise InputError(f"--stall-timeout-s must be positive, got {self.stall_timeout_s:g}")
         if self.offload and self.zero_stage == 0:
             raise InputError("--offload needs ZeRO, which deals the optimizer out: give --zero-stage 1, 2 or 3 with it")
-        if self.ema_decay is not None and self.ema_width is not None:
-            raise InputError("--ema-decay and --ema-width are two kinds of average: give one of them")
 
     def learning_rates(self) -> Schedule:
         """Return the schedule."""

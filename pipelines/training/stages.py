@@ -263,6 +263,10 @@ def _train(
 
         def report(step: int, metrics: dict[str, float]) -> None:
             nonlocal seen
+            if seen == 0 and step > 1:
+                # Of an attempt before this one: steps that took this one no time.
+                seen = step - 1
+                progress.start_at(seen)
             progress.advance(max(step - seen, 0))
             seen = max(step, seen)
             tracker.metrics(step, _finite(metrics))

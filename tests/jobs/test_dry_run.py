@@ -46,3 +46,21 @@ def test_a_preference_training_takes_its_size_from_the_policy_and_holds_a_refere
     with pytest.raises(InputError, match="--batch-size 9 is no multiple of 2 workers"):
         train_rpo.main(options)
     assert not (tmp_path / "out").exists()
+
+
+def test_hours_on_a_gpu_fall_with_the_workers_and_are_called_an_estimate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hours(*words: str) -> float:
+        paths = ("small_16k", "--features", str(tmp_path / "no"), "--out", str(tmp_path / "out"))
+        given = (*paths, "--dry-run", "--gpu", "h100", "--batch-size", "512", *words)
+        assert train_mmdit.main(cli.parse("train_mmdit", train_mmdit.Options, given)) == 0
+        said = capsys.readouterr().out
+        assert "GPU of 80.0 GiB" in said
+        assert "An estimate: 30% of the peak" in said
+        return float(said.split(" h. An estimate")[0].rsplit(" ", 1)[1])
+
+    two = hours("--num-workers", "2", "--bf16", "--steps", "300000")
+    assert hours("--num-workers", "8", "--bf16", "--steps", "300000") == pytest.approx(two / 4, abs=0.1)
+    # The peaks of bfloat16 and float32 are 989 and 67.
+    assert hours("--num-workers", "2", "--no-bf16", "--steps", "300000") == pytest.approx(two * 989 / 67, rel=0.01)

@@ -1,5 +1,6 @@
 """Batches come from whole row groups, with only the columns asked for, and hold the right rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.data.contracts import FEATURES, PAIRS
-from pipelines.data.store import Dataset
+from pipelines.data.store import Dataset, Part
 from pipelines.errors import InputError
 from pipelines.training.batches import BatchSource, Prefetched, RowGroups, validation_batches
 from pipelines.training.objective import Batch, DataRef, Draws, sample_generator
@@ -52,6 +53,34 @@ def _source(features: Path, world: int, rank: int, accumulation: int = 1) -> Bat
         seed=1,
         collate=collate,
     )
+
+
+def test_a_dataset_larger_than_the_cache_is_read_once_an_epoch_and_never_held_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = write_features(tmp_path / "large", {"train": 64 * 12})
+    columns = ("clip_id", "sync_features")
+    groups = RowGroups(DataRef(location=str(features), contract="features", split="train"), columns)
+    group_bytes = groups.take(np.array([[0, 0]])).nbytes * 64
+    # Room for the four row groups of a window and the first of the next; the dataset has twelve.
+    monkeypatch.setattr("pipelines.training.batches.CACHE_BYTES", round(5.5 * group_bytes))
+    reads: list[tuple[str, int]] = []
+    read = Dataset.read_row_group
+
+    def counted(self: Dataset, part: Part, index: int, names: Sequence[str] | None = None) -> pa.Table:
+        reads.append((part.path, index))
+        return read(self, part, index, names)
+
+    monkeypatch.setattr(Dataset, "read_row_group", counted)
+    fresh = RowGroups(DataRef(location=str(features), contract="features", split="train"), columns)
+    order = GlobalOrder(fresh.sizes, seed=3)
+    before, most = pa.total_allocated_bytes(), 0
+    for start in range(0, order.num_rows, 16):
+        fresh.take(order.epoch(0)[start : start + 16])
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert len(reads) == len(set(reads)) == 12
+    # Beside the cache there is the row group that is being read, in two forms, and a batch.
+    assert most < 9 * group_bytes
 
 
 def _numbers(names: list[str]):

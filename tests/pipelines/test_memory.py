@@ -12,6 +12,7 @@ from pipelines.training.engine import Engine
 from pipelines.training.memory import MemoryPlan, lowest_fitting_stage, memory_table, predict_memory, predict_stages
 from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan
+from pipelines.training.timing import StepClock
 from pipelines.training.world import World
 from tests.allocations import Allocations
 from tests.pipelines.test_activations import real_batch, real_trainee
@@ -49,7 +50,7 @@ def test_a_real_step_of_the_engine_stays_within_a_fifth_of_the_plan(stage: int, 
     for _ in range(2):
         with Allocations() as allocations:
             loss, _ = engine(real_batch(8), lambda tensor: tensor)
-            outcome = engine.backward(loss, last=True, learning_rate=1e-4)
+            outcome = engine.backward(loss, last=True, learning_rate=1e-4, clock=StepClock(CPU))
         del loss
         assert outcome is not None
         assert outcome.applied
