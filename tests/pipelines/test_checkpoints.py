@@ -80,3 +80,19 @@ def test_retention_keeps_the_last_ones_and_the_best_and_clears_half_written_ones
 
 def test_an_empty_or_absent_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.newest_complete(tmp_path / "none") == (None, [])
+
+
+def test_the_checkpoints_of_every_so_many_steps_stay(tmp_path: Path) -> None:
+    for step in range(10, 70, 10):
+        _write(tmp_path, step)
+    checkpoints.retain(tmp_path, keep_last=1, keep_every=30)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000030-1", "step_00000060-1"]
+
+
+def test_what_a_rank_could_not_write_is_told_to_rank_0_with_its_number(tmp_path: Path) -> None:
+    assert checkpoints.read_receipt(tmp_path, 1) is None
+    checkpoints.publish_receipt(tmp_path, 1, {"a": {"size_bytes": 1, "sha256": "x"}}, error=None)
+    assert checkpoints.read_receipt(tmp_path, 1) == {"a": {"size_bytes": 1, "sha256": "x"}}
+    checkpoints.publish_receipt(tmp_path, 2, {}, error="No space left on device")
+    with pytest.raises(OSError, match="rank 2: No space left"):
+        checkpoints.read_receipt(tmp_path, 2)
