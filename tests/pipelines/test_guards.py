@@ -65,7 +65,9 @@ def _fit(
 
 
 def _records(out: Path) -> list[dict[str, float | int | None]]:
-    return [{k: v for k, v in record.items() if k != "samples_per_s"} for record in read_journal(out / "metrics.jsonl")]
+    """The journal without what is measured by the clock."""
+    records = read_journal(out / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if not k.endswith("_s") and k != "data_share"} for record in records]
 
 
 def _clips_of_steps(features: str, steps: Sequence[int], number: int = 0) -> list[list[str]]:
