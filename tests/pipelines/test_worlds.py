@@ -113,10 +113,10 @@ def test_the_same_two_workers_go_on_bit_for_bit(home: Path, stage: int) -> None:
 
 def test_what_two_workers_began_three_end(home: Path, tmp_path: Path) -> None:
     orders = []
-    for stage in STAGES:
+    for stage in (2, 3):
         shutil.copytree(home / f"two_{stage}", tmp_path / str(stage))
         orders.append(_order(str(home / "features"), tmp_path / str(stage), stage, cut=False))
     train_together(orders, 3, tmp_path / "meeting")
-    for stage in STAGES:
+    for stage in (2, 3):
         assert _written_by(tmp_path / str(stage), 9) == 3
         _assert_same(tmp_path / str(stage), home / "whole")
