@@ -188,7 +188,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     """Measure one size and precision."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=list(SIZES), default="small_16k")
+    parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--batch", type=int, default=2, help="samples of a rank")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
