@@ -97,24 +97,6 @@ def test_bf16_trains_every_objective_near_its_float32_losses_and_keeps_float32_w
     assert losses[True] == pytest.approx(losses[False], rel=0.10)
 
 
-def test_a_checkpoint_of_another_world_size_is_named_and_not_half_loaded(world: str, tmp_path: Path) -> None:
-    from pipelines.training.launch import fit
-    from pipelines.training.loop import TrainingOrder
-    from tests.toy_objective import ToyObjective
-
-    order = TrainingOrder(
-        ToyObjective(features=world, batch_size=4),
-        TrainingOptions(steps=2, batch_size=4, lr=1e-3, zero_stage=1),
-        str(tmp_path),
-    )
-    fit(order, num_workers=0, report=lambda step, metrics: None)
-    complete = next(tmp_path.glob("checkpoints/*/COMPLETE"))
-    content = json.loads(complete.read_text())
-    complete.write_text(json.dumps({**content, "world_size": 4}))
-    with pytest.raises(InputError, match=r"written by 4 workers under ZeRO-1.*--num-workers 4"):
-        fit(order, num_workers=0, report=lambda step, metrics: None)
-
-
 def test_other_options_on_the_same_folder_are_refused_and_other_intervals_are_not(world: str, policy: str) -> None:
     other = TrainingOptions(steps=2, batch_size=4, lr=2e-3)
     with pytest.raises(StageConflict, match=r"lr: 0.001 there, 0.002 asked"):
