@@ -90,6 +90,8 @@ class Engine:
             eps=options.eps,
             fused=True,
         )
+        # ZeRO-3 puts its own in its place, for the whole process: it rounds otherwise.
+        self._torch_linear = torch.nn.functional.linear
         with _plain_layout(list(trainee.parameters()), restore=options.zero_stage == 0):
             self._engine, *_ = deepspeed.initialize(
                 model=trainee,
@@ -261,6 +263,7 @@ class Engine:
     def close(self) -> None:
         """Release buffers and hooks; the weights stay usable except under ZeRO-3."""
         self._engine.destroy()
+        torch.nn.functional.linear = self._torch_linear
         if self._stage == 3:
             _forget_zero_3(self.trainee)
 

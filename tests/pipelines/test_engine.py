@@ -97,6 +97,20 @@ def test_zero_bf16_accumulation_and_recomputation_give_the_losses_of_a_plain_flo
     assert float(moved.mean()) < OPTIONS.lr * (0.5 if bf16 else 0.01)
 
 
+def test_a_training_leaves_nothing_behind_that_makes_other_networks_of_the_process_round_otherwise(
+    objective: FlowMatchingObjective, tmp_path: Path
+) -> None:
+    """A worker samples and scores after it has trained, and its rows must be those of a fresh process."""
+    own = torch.nn.functional.linear
+    layer = torch.nn.Linear(300, 7)
+    x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    before = layer(x)
+    options = dataclasses.replace(OPTIONS, steps=1, zero_stage=3)
+    fit(TrainingOrder(objective, options, str(tmp_path)), num_workers=0, report=lambda step, metrics: None)
+    assert torch.nn.functional.linear is own
+    assert torch.equal(layer(x), before)
+
+
 def test_offloading_goes_to_pinned_memory_and_takes_the_weights_along_under_zero_3() -> None:
     host = {"device": "cpu", "pin_memory": True}
     for stage, expected in ((1, {"optimizer"}), (2, {"optimizer"}), (3, {"optimizer", "param"})):
