@@ -51,6 +51,7 @@ from pipelines.data.store import ROW_GROUP_ROWS, encode_part
 from pipelines.data.units import Pool, Unit
 from pipelines.data.window import DecodedWindow, WindowRequest
 from pipelines.errors import MediaError
+from pipelines.peak_memory import process_peak_bytes
 
 SETTINGS = PreprocessSettings(spec="tiny", encoders="grids")
 MAX_PIXELS = 4096 * 2304
@@ -112,12 +113,6 @@ def child_cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def peak_mib(pid: int) -> float:
-    """Peak resident memory of a living process so far, MiB."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
-
-
 @contextmanager
 def worker_of(manifest: str) -> Iterator[tuple[ClipWorker, tuple[Any, ...]]]:
     """A worker that has worked before, so that imports, kernels and its child's start are past; a manifest's rows."""
@@ -151,14 +146,14 @@ def cpu_row(manifest: str, windows: Sequence[Window], scratch: str) -> dict[str,
             commit_unit(folder, unit, *worker.process(unit, lambda: None), FEATURES, SETTINGS.clip_spec)
             bare += between - started
             ours += time.process_time() - between + child_cpu_s(child) - childs_s
-        child_mib = peak_mib(child)
+        child_peak_bytes = process_peak_bytes(child)
     return {
         "clips": len(rows),
         "bare CPU ms/clip": bare / len(rows) * 1e3,
         "preprocess CPU ms/clip": ours / len(rows) * 1e3,
         "ratio": bare / ours,
-        "peak parent MiB": peak_mib(os.getpid()),
-        "peak child MiB": child_mib,
+        "peak parent MiB": process_peak_bytes(os.getpid()) / 2**20,
+        "peak child MiB": child_peak_bytes / 2**20,
     }
 
 

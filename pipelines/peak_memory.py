@@ -5,12 +5,13 @@ it. Linux only.
 """
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_HIGH_WATER_MARK = "5"
 """See proc_pid_clear_refs(5)."""
 
@@ -40,9 +41,15 @@ def restart_peak(device: torch.device) -> None:
 
 def peak_memory(device: torch.device) -> PeakMemory:
     """The peaks since the last restart, or the start of the process."""
-    fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
     gpu_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return PeakMemory(process_bytes=int(fields["VmHWM"].split()[0]) * 1024, gpu_bytes=gpu_bytes)
+    return PeakMemory(process_bytes=process_peak_bytes(os.getpid()), gpu_bytes=gpu_bytes)
+
+
+def process_peak_bytes(pid: int) -> int:
+    """The most resident memory of a living process since its start, or since it was restarted for that process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def _mebibytes(count: int) -> str:

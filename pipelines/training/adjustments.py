@@ -6,7 +6,6 @@ the stage's fingerprint, stay what was asked for. Decisions are only ever added,
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.training.checkpoints import write_durably
 from pipelines.training.order import BatchPlan
 
 FILE = "adjustments.json"
@@ -134,11 +134,6 @@ def read_adjustments(folder: Path) -> Adjustments:
 
 
 def write_adjustments(folder: Path, adjustments: Adjustments) -> None:
-    """Record them for good, by a rename: what was there, or all of it. Several ranks may write the same at once."""
+    """Record them for good: what was there, or all of it. Several ranks may write the same at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    pending = folder / f"{FILE}.{os.getpid()}.new"
-    with pending.open("w", encoding="utf-8") as file:
-        json.dump(adjustments.to_json(), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    pending.replace(folder / FILE)
+    write_durably(folder / FILE, adjustments.to_json())

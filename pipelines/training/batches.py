@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pipelines.data.contracts import CONTRACTS
 from pipelines.data.store import Dataset, Part
@@ -146,6 +147,13 @@ def validation_batches(groups: RowGroups, plan: BatchPlan, rank: int, seed: int,
         positions = np.arange(start + rank, start + width, plan.world_size)
         draws = Draws(seed, "validation", tuple(int(position) for position in positions))
         yield collate(groups.take(places[positions]), draws)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a rank's device; from pinned memory, so that the copy to a GPU waits for nothing."""
+    if device.type == "cpu":
+        return batch
+    return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
 
 
 class Prefetched:

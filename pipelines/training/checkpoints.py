@@ -56,12 +56,6 @@ def digest_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     return {name: {"size_bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
 
 
-def list_files(folder: Path) -> list[str]:
-    """Return the files of a checkpoint folder, without `COMPLETE`, as sorted relative posix paths."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != COMPLETE)
-
-
 def weights_name(rank: int, world_size: int) -> str:
     """Return the name of the file with a rank's share of weights and optimizer."""
     return f"weights_{rank:05d}_of_{world_size:05d}.safetensors"
@@ -80,7 +74,7 @@ def sync(path: Path) -> None:
 
 def publish_receipt(folder: Path, rank: int, files: dict[str, dict[str, Any]], *, error: str | None) -> None:
     """Tell rank 0 that this rank's files are on the disk, or why they are not."""
-    _write_once(folder / _receipt(rank), {"files": files, "error": error})
+    write_durably(folder / _receipt(rank), {"files": files, "error": error})
 
 
 def read_receipt(folder: Path, rank: int) -> dict[str, dict[str, Any]] | None:
@@ -98,8 +92,9 @@ def _receipt(rank: int) -> str:
     return f"receipt_{rank:05d}.json"
 
 
-def _write_once(path: Path, content: dict[str, Any]) -> None:
-    pending = path.with_name(f"{path.name}.new")
+def write_durably(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON by a rename, on the disk before it: what was there, or all of it. Several ranks may do so at once."""
+    pending = path.with_name(f"{path.name}.{os.getpid()}.new")
     with pending.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
@@ -112,7 +107,7 @@ def publish(
 ) -> Checkpoint:
     """Make a written folder a checkpoint: fsync its `COMPLETE` under another name, then rename it."""
     content = {"step": step, "world_size": world_size, "metric": metric, "files": files}
-    _write_once(folder / COMPLETE, content)
+    write_durably(folder / COMPLETE, content)
     return Checkpoint(folder, step, world_size, metric, files)
 
 

@@ -15,7 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.mmdit import MMDiT
+from pipelines.training.batches import SAMPLE_ROWS, BatchSource, to_device
+from pipelines.training.gpus import peak_flops
 from pipelines.training.objective import Trainee
+from pipelines.training.timing import DeviceLoad
 
 
 def count_flops(trainee: Trainee, batch: Mapping[str, Tensor]) -> int | None:
@@ -44,6 +47,15 @@ def count_flops(trainee: Trainee, batch: Mapping[str, Tensor]) -> int | None:
             except (DataDependentOutputException, DynamicOutputShapeException):
                 return None
     return counter.get_total_flops()
+
+
+def device_load(trainee: Trainee, source: BatchSource, device: torch.device, *, bf16: bool) -> DeviceLoad | None:
+    """What a sample asks of a GPU; None on a CPU, on a GPU that is not known, and for a loss that looks at values."""
+    peak = peak_flops(torch.cuda.get_device_name(device), bf16=bf16) if device.type == "cuda" else None
+    if peak is None:
+        return None
+    counted = count_flops(trainee, to_device(source.sample(), device))
+    return None if counted is None else DeviceLoad(sample_flops=counted // SAMPLE_ROWS, peak_flops=peak)
 
 
 @contextmanager

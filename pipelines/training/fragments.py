@@ -6,7 +6,6 @@ so it matters neither how many ranks wrote them nor under which ZeRO stage. Elem
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.errors import InputError
+from pipelines.training.checkpoints import sync
 
 WEIGHT, STEP, BUFFER = "weight", "step", "buffer"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,8 +48,7 @@ class HostCopy:
         """Write one safetensors file and have it on the disk; raises OSError or SafetensorError."""
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(self.tensors, path, metadata={SHAPES: json.dumps(self.shapes)})
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
 
 
 def copy_to_host(slices: list[Slice], buffers: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> HostCopy:

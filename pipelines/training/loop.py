@@ -8,7 +8,6 @@ the journal of an interrupted run equals that of an uninterrupted one.
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.ema import WeightAverage, exponential_decay, gamma_of_width, power_decay
-from pipelines.errors import EnvironmentFailed, InputError
+from pipelines.errors import EnvironmentFailed
 from pipelines.training import checkpoints
 from pipelines.training.adjustments import (
     Adjustments,
@@ -29,10 +27,10 @@ from pipelines.training.adjustments import (
     write_adjustments,
 )
 from pipelines.training.attempts import Attempt, repeat
-from pipelines.training.batches import SAMPLE_ROWS, BatchSource, Prefetched, RowGroups, validation_batches
+from pipelines.training.average import Average
+from pipelines.training.batches import BatchSource, Prefetched, RowGroups, to_device
 from pipelines.training.engine import Engine, StepOutcome
-from pipelines.training.flops import count_flops
-from pipelines.training.gpus import peak_flops
+from pipelines.training.flops import device_load
 from pipelines.training.guards import GRAD_NORM, LOSS, SpikeGuard
 from pipelines.training.journal import Journal
 from pipelines.training.objective import Batch, Objective
@@ -40,7 +38,8 @@ from pipelines.training.options import TrainingOptions
 from pipelines.training.order import GlobalOrder
 from pipelines.training.preflight import check_machine
 from pipelines.training.snapshots import Snapshots
-from pipelines.training.timing import StepClock, StepCost, StepMeter
+from pipelines.training.timing import StepClock, StepMeter
+from pipelines.training.validation import Validation
 from pipelines.training.world import Report, World
 
 CHECKPOINTS = "checkpoints"
@@ -148,11 +147,7 @@ class _Run:
         self.adjustments: Adjustments = world.share(read_adjustments(self.root) if world.is_main else None)
         self.plan = self.adjustments.plan(self.options.batch_size, world.size, self.options.accumulation)
         self.groups = RowGroups(self.objective.training_data, self.objective.columns)
-        self.validation_groups = (
-            RowGroups(self.objective.validation_data, self.objective.columns)
-            if self.objective.validation_data is not None
-            else None
-        )
+        self.validation = Validation(self.objective, self.plan, self.options.seed, world)
         self.source = BatchSource(
             groups=self.groups,
             order=GlobalOrder(self.groups.sizes, self.options.seed),
@@ -162,15 +157,11 @@ class _Run:
             collate=self.objective.collate,
         )
         trainee = self.objective.build(world.device)
-        self.peak_flops, self.sample_flops = self._device_peak(), None
-        if self.peak_flops is not None:
-            # Before the engine deals the weights out to the workers.
-            counted = count_flops(trainee, self._to_device(self.source.sample()))
-            self.sample_flops = None if counted is None else counted // SAMPLE_ROWS
+        # Before the engine deals the weights out to the workers; the other ranks report nothing.
+        self.load = device_load(trainee, self.source, world.device, bf16=self.options.bf16) if world.is_main else None
         self.engine = Engine(trainee, self.options, self.plan, world)
         self.clock = StepClock(world.device)
-        with self.engine.whole_weights(trained_alone=True):
-            self.average = WeightAverage(self.engine.trainable) if self._averages() else None
+        self.average = Average(self.engine, self.options)
         self.snapshots = Snapshots(self.root, world, self.engine, self.options)
         self.journal: Journal | None = None
         self.prefetched: Prefetched | None = None
@@ -183,7 +174,7 @@ class _Run:
         self.world.pulse.at(0, "restore")
         found, skipped = self.world.share(checkpoints.newest_complete(self.root) if self.world.is_main else (None, []))
         if found is not None:
-            self.progress = Progress(**self.snapshots.load(found, self.average))
+            self.progress = Progress(**self.snapshots.load(found, self.average.weights))
             self.engine.trainee.load_watch_state(self.progress.watch)
         self._adjust(cause)
         notes = [f"checkpoint {broken.name} passed over: {broken.reason}" for broken in skipped]
@@ -205,6 +196,7 @@ class _Run:
             world_size=self.world.size,
             first_step=first,
             total_steps=self.options.steps,
+            load=self.load,
         )
         for step in range(first, self.options.steps):
             if self.progress.stopped is not None:
@@ -214,13 +206,12 @@ class _Run:
             metrics, outcome = self._step(step, batches, probing)
             self._count(step, metrics, outcome)
             metrics |= {"learning_rate": self.learning_rate(step)}
-            cost = StepCost(
-                sample_bytes=self.groups.row_bytes, sample_flops=self.sample_flops, peak_flops=self.peak_flops
-            )
-            metrics |= meter.metrics(step, time.perf_counter() - started, self.clock.end_step(), cost)
+            parts = self.clock.end_step()
+            metrics |= meter.metrics(step, time.perf_counter() - started, parts, self.groups.row_bytes)
             self._watch(metrics)
             if self._due(self.options.validate_every):
-                metrics |= self._validate()
+                self.progress.last_validation = self.validation.run(self.engine, self.average, self.progress.step)
+                metrics |= self.progress.last_validation
             if self.journal is not None:
                 self.journal.append(self.progress.step, metrics)
                 self.report(self.progress.step, metrics)
@@ -232,7 +223,7 @@ class _Run:
         """Export what the next stage loads, from the averaged weights if there are any; rank 0 returns the result."""
         self.snapshots.wait()
         self.world.average_buffers(self.engine.trainee)
-        with self._averaged_weights():
+        with self.average.in_place():
             if not self.engine.is_finite():
                 raise EnvironmentFailed(
                     f"{self.order.out}: the weights are not finite after step {self.progress.step} and are not "
@@ -273,7 +264,7 @@ class _Run:
         for micro in range(self.plan.accumulation):
             self.world.pulse.at(step, "data")
             with self.clock.part("data"):
-                batch = self._to_device(next(batches))
+                batch = to_device(next(batches), self.world.device)
             self.world.pulse.at(step, "forward")
             if probing and micro == 0:
                 probed = self.engine.trainee.probe(batch, self.world.gather)
@@ -324,9 +315,7 @@ class _Run:
         if outcome.applied:
             progress.bad_run = 0
             self.guard.accept(metrics)
-            if self.average is not None:
-                with self.engine.whole_weights(trained_alone=True):
-                    self.average.update(self.engine.trainable, self._decay(self.average.num_updates + 1))
+            self.average.update()
             return
         progress.skipped_steps += 1
         progress.skipped_spikes += outcome.spike
@@ -383,74 +372,20 @@ class _Run:
         if self.objective.stop_on_alarm:
             self.progress.stopped = f"step {self.progress.step}: {alarm}"
 
-    def _validate(self) -> dict[str, float]:
-        """Mean metrics over the validation rows, with the averaged weights if there are any; prefixed `val_`."""
-        if self.validation_groups is None:
-            return {}
-        self.world.average_buffers(self.engine.trainee)
-        self.engine.train(False)
-        sums: dict[str, Tensor] = {}
-        count = 0
-        batches = validation_batches(
-            self.validation_groups, self.plan, self.world.rank, self.options.seed, self.objective.collate
-        )
-        with self._averaged_weights(), torch.no_grad():
-            for batch in batches:
-                self.world.pulse.at(self.progress.step, "validation")
-                loss, metrics = self.engine(self._to_device(batch), self.world.gather)
-                count += 1
-                sums = {name: sums.get(name, 0.0) + value for name, value in {"loss": loss, **metrics}.items()}
-        if count == 0:
-            raise InputError(
-                f"--batch-size {self.options.batch_size} leaves no whole validation batch in "
-                f"{sum(self.validation_groups.sizes)} rows: lower it, or raise --accumulation"
-            )
-        means = self.engine.trainee.summarise(self.world.mean({name: s / count for name, s in sums.items()}))
-        # What is not finite is left out: it must not pass for the best, and JSON has no word for it.
-        finite = {name: value for name, value in means.items() if math.isfinite(value)}
-        self.progress.last_validation = {f"val_{name}": value for name, value in finite.items()}
-        return self.progress.last_validation
-
     def _checkpoint(self) -> None:
         """Begin a checkpoint; it is written beside the next steps."""
         self.progress.watch = self.engine.trainee.watch_state()
-        if self.average is not None:
-            self.progress.num_average_updates = self.average.num_updates
-        self.snapshots.save(vars(self.progress), self.average, self.progress.last_validation.get("val_loss"))
-
-    def _averaged_weights(self) -> AbstractContextManager[None]:
-        if self.average is None:
-            return self.engine.whole_weights()
-        average = self.average
-        return self.engine.replaced_weights(lambda parameters: average.copy_to(parameters))
+        self.progress.num_average_updates = self.average.num_updates
+        self.snapshots.save(vars(self.progress), self.average.weights, self.progress.last_validation.get("val_loss"))
 
     def _probes(self) -> bool:
         """Not under ZeRO-3: only one backward, the engine's own, fetches the weights that are dealt out there."""
         return self.objective.probe_every > 0 and self.options.zero_stage < 3
 
-    def _averages(self) -> bool:
-        return self.options.ema_decay is not None or self.options.ema_width is not None
-
-    def _decay(self, update: int) -> float:
-        if self.options.ema_width is not None:
-            return power_decay(update, gamma_of_width(self.options.ema_width))
-        return exponential_decay(update, self.options.ema_decay or 0.0)
-
     def _due(self, every: int) -> bool:
         """Every so many steps, and after the last one."""
         at_end = self.progress.step == self.options.steps or self.progress.stopped is not None
         return at_end or (every > 0 and self.progress.step % every == 0)
-
-    def _device_peak(self) -> float | None:
-        """Operations a second of rank 0's GPU; None on the other ranks, which report nothing."""
-        if not self.world.is_main or self.world.device.type != "cuda":
-            return None
-        return peak_flops(torch.cuda.get_device_name(self.world.device), bf16=self.options.bf16)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        if self.world.device.type == "cpu":
-            return batch
-        return {name: t.pin_memory().to(self.world.device, non_blocking=True) for name, t in batch.items()}
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

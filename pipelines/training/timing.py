@@ -52,33 +52,35 @@ class StepClock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepCost:
-    """What one sample costs and what a worker could do at most."""
+class DeviceLoad:
+    """What one sample asks of a worker's device, and what that can do at most."""
 
-    sample_bytes: float
-    """Of the columns that are read, uncompressed, mean over what was read so far."""
-    sample_flops: int | None = None
-    """Forward and backward; None where it was not counted."""
-    peak_flops: float | None = None
-    """Of one worker's device, a second; None where it is not known."""
+    sample_flops: int
+    """Operations of forward and backward."""
+    peak_flops: float
+    """Of one worker's device, a second."""
 
 
 class StepMeter:
     """Makes the metrics of cost from the wall time of the steps of this attempt."""
 
-    def __init__(self, *, batch_size: int, world_size: int, first_step: int, total_steps: int) -> None:
+    def __init__(
+        self, *, batch_size: int, world_size: int, first_step: int, total_steps: int, load: DeviceLoad | None
+    ) -> None:
+        """`load`: None where the device is not known or the operations were not counted."""
         self._batch_size, self._world_size = batch_size, world_size
         self._first, self._total = first_step, total_steps
+        self._load = load
         self._began_s = time.perf_counter()
 
-    def metrics(self, step: int, step_s: float, parts: dict[str, float], cost: StepCost) -> dict[str, float]:
+    def metrics(self, step: int, step_s: float, parts: dict[str, float], sample_bytes: float) -> dict[str, float]:
         """Metrics of a step.
 
         Args:
             step: its number from 0.
             step_s: its wall time.
             parts: from `StepClock.end_step`.
-            cost: of a sample.
+            sample_bytes: of a sample's columns, uncompressed, mean over what was read so far.
 
         Returns:
             `parts` and step_s, samples_per_s (all workers), data_share (of the step's time spent waiting for data),
@@ -91,11 +93,11 @@ class StepMeter:
             "step_s": step_s,
             "samples_per_s": rate,
             "data_share": parts.get("data_s", 0.0) / step_s,
-            "sample_bytes": cost.sample_bytes,
-            "data_mb_per_s": rate * cost.sample_bytes / MEGABYTE,
+            "sample_bytes": sample_bytes,
+            "data_mb_per_s": rate * sample_bytes / MEGABYTE,
             "time_left_s": elapsed_s / (step + 1 - self._first) * (self._total - step - 1),
         }
-        if cost.sample_flops is not None and cost.peak_flops is not None:
-            flops_per_s = rate * cost.sample_flops / self._world_size
-            metrics |= {"tflops_per_s": flops_per_s / 1e12, "mfu": flops_per_s / cost.peak_flops}
+        if self._load is not None:
+            flops_per_s = rate * self._load.sample_flops / self._world_size
+            metrics |= {"tflops_per_s": flops_per_s / 1e12, "mfu": flops_per_s / self._load.peak_flops}
         return metrics

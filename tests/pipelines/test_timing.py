@@ -10,7 +10,7 @@ from pipelines.training.journal import read_journal
 from pipelines.training.launch import fit
 from pipelines.training.loop import TrainingOrder
 from pipelines.training.options import TrainingOptions
-from pipelines.training.timing import StepClock, StepCost, StepMeter
+from pipelines.training.timing import DeviceLoad, StepClock, StepMeter
 from tests.feature_factory import write_features
 from tests.toy_objective import ToyObjective
 
@@ -27,9 +27,9 @@ def test_a_part_that_is_entered_twice_is_added_up_and_a_new_step_starts_from_not
 
 
 def test_cost_follows_from_rate_bytes_and_operations() -> None:
-    meter = StepMeter(batch_size=8, world_size=2, first_step=0, total_steps=10)
-    cost = StepCost(sample_bytes=3e6, sample_flops=10**12, peak_flops=8e12)
-    found = meter.metrics(9, 2.0, {"data_s": 0.5}, cost)
+    load = DeviceLoad(sample_flops=10**12, peak_flops=8e12)
+    meter = StepMeter(batch_size=8, world_size=2, first_step=0, total_steps=10, load=load)
+    found = meter.metrics(9, 2.0, {"data_s": 0.5}, 3e6)
     expected = {
         "data_s": 0.5,
         "step_s": 2.0,
@@ -45,8 +45,8 @@ def test_cost_follows_from_rate_bytes_and_operations() -> None:
 
 
 def test_a_device_that_is_not_known_shows_no_mfu() -> None:
-    meter = StepMeter(batch_size=8, world_size=2, first_step=0, total_steps=10)
-    assert "mfu" not in meter.metrics(0, 1.0, {}, StepCost(sample_bytes=1.0, sample_flops=5))
+    meter = StepMeter(batch_size=8, world_size=2, first_step=0, total_steps=10, load=None)
+    assert "mfu" not in meter.metrics(0, 1.0, {}, 1.0)
 
 
 def test_the_journal_tells_where_every_step_went(tmp_path: Path) -> None:
