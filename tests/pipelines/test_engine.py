@@ -9,16 +9,12 @@ import torch
 from models.weights import load_weights
 from pipelines.errors import InputError
 from pipelines.training import preflight
-from pipelines.training.batches import BatchSource, RowGroups
 from pipelines.training.engine import _config
 from pipelines.training.flow_matching_objective import FlowMatchingObjective, FlowMatchingTrainee, fit_starting_policy
-from pipelines.training.journal import read_journal
-from pipelines.training.launch import fit
-from pipelines.training.loop import TrainingOrder
 from pipelines.training.options import Execution, TrainingOptions
-from pipelines.training.order import BatchPlan, GlobalOrder
+from pipelines.training.order import BatchPlan
 from tests.feature_factory import write_features
-from tests.pipelines.test_guards import slow
+from tests.training_runs import losses_of, plain_training, run_training, slow
 
 OPTIONS = TrainingOptions(steps=4, batch_size=4, lr=3e-3, clip=0.5, weight_decay=0.01, checkpoint_every=100)
 FLOAT32, BFLOAT16 = 1e-5, 1e-2
@@ -35,29 +31,9 @@ def objective(tmp_path_factory: pytest.TempPathFactory) -> FlowMatchingObjective
 
 @pytest.fixture(scope="module")
 def plain(objective: FlowMatchingObjective) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and weights of a loop of torch alone: no DeepSpeed, no autocast, no micro batches."""
-    trainee = objective.build(torch.device("cpu"))
+    """Losses and weights of a loop of torch alone."""
+    losses, trainee, _ = plain_training(objective, OPTIONS)
     assert isinstance(trainee, FlowMatchingTrainee)
-    groups = RowGroups(objective.training_data, objective.columns)
-    source = BatchSource(
-        groups=groups,
-        order=GlobalOrder(groups.sizes, OPTIONS.seed),
-        plan=BatchPlan(OPTIONS.batch_size, 1),
-        rank=0,
-        seed=OPTIONS.seed,
-        collate=objective.collate,
-    )
-    optimizer = torch.optim.AdamW(
-        trainee.parameters(), OPTIONS.lr, betas=OPTIONS.betas, eps=OPTIONS.eps, weight_decay=OPTIONS.weight_decay
-    )
-    losses = []
-    for batch in source.micro_batches(0, OPTIONS.steps):
-        loss, _ = trainee(batch, lambda tensor: tensor)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainee.parameters(), OPTIONS.clip or 1.0)
-        optimizer.step()
-        losses.append(float(loss.detach()))
     return losses, {name: value.clone() for name, value in trainee.network.state_dict().items()}
 
 
@@ -85,8 +61,8 @@ def test_zero_bf16_accumulation_and_recomputation_give_the_losses_of_a_plain_flo
 ) -> None:
     options = dataclasses.replace(OPTIONS, zero_stage=stage, bf16=bf16, accumulation=accumulation)
     chosen = dataclasses.replace(objective, execution=Execution(activation_checkpointing=recompute))
-    fit(TrainingOrder(chosen, options, str(tmp_path)), num_workers=0, report=lambda step, metrics: None)
-    losses = [record["loss"] for record in read_journal(tmp_path / "metrics.jsonl")]
+    run_training(chosen, options, tmp_path)
+    losses = losses_of(tmp_path)
     expected, weights = plain
     assert losses == pytest.approx(expected, rel=BFLOAT16 if bf16 else FLOAT32)
     # The losses move by far more than the tolerance, so the steps were really taken.
@@ -106,7 +82,7 @@ def test_a_training_leaves_nothing_behind_that_makes_other_networks_of_the_proce
     x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
     before = layer(x)
     options = dataclasses.replace(OPTIONS, steps=1, zero_stage=3)
-    fit(TrainingOrder(objective, options, str(tmp_path)), num_workers=0, report=lambda step, metrics: None)
+    run_training(objective, options, tmp_path)
     assert torch.nn.functional.linear is own
     assert torch.equal(layer(x), before)
 
@@ -134,9 +110,8 @@ def test_an_offloaded_optimizer_gives_the_losses_of_one_on_the_gpu(
     losses = []
     for stage, offload in ((0, False), (1, True), (2, True), (3, True)):
         out = tmp_path / f"{stage}"
-        out.mkdir()
         options = dataclasses.replace(OPTIONS, zero_stage=stage, offload=offload)
-        fit(TrainingOrder(objective, options, str(out)), num_workers=0, report=lambda step, metrics: None)
-        losses.append([float(record["loss"] or 0) for record in read_journal(out / "metrics.jsonl")])
+        run_training(objective, options, out)
+        losses.append(losses_of(out))
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], rel=1e-4)

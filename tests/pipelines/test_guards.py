@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from _pytest.mark.structures import ParameterSet
 
 from models.weights import load_weights
 from pipelines.errors import EnvironmentFailed, InputError
@@ -27,32 +26,19 @@ from pipelines.training.launch import fit
 from pipelines.training.loop import TrainingOrder, TrainingResult
 from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan, GlobalOrder
-from tests.feature_factory import write_features
 from tests.toy_objective import ToyObjective
+from tests.training_runs import run_training, slow
 
 OPTIONS = TrainingOptions(steps=12, batch_size=8, lr=1e-2, clip=0.05, checkpoint_every=3, max_bad_steps=2)
 SPIKES = TrainingOptions(steps=22, batch_size=8, lr=1e-3, checkpoint_every=9, spike_factor=5.0)
-
-
-def slow(*values: object) -> ParameterSet:
-    """Parameters of a test that is run with the slow ones."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 class _Stop(Exception):
     pass
 
 
-@pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_features(tmp_path_factory.mktemp("data") / "features", {"train": 40, "val": 16}))
-
-
-def _fit(
-    objective: ToyObjective, options: TrainingOptions, out: Path, stop_at: Sequence[int] = ()
-) -> TrainingResult | None:
+def _fit(objective: ToyObjective, options: TrainingOptions, out: Path, stop_at: Sequence[int] = ()) -> TrainingResult:
     """Train; for each step in `stop_at` stop once it is reported and start again."""
-    out.mkdir(parents=True, exist_ok=True)
     for step in stop_at:
 
         def stop(at: int, metrics: dict[str, float], step: int = step) -> None:
@@ -60,8 +46,8 @@ def _fit(
                 raise _Stop
 
         with pytest.raises(_Stop):
-            fit(TrainingOrder(objective, options, str(out)), num_workers=0, report=stop)
-    return fit(TrainingOrder(objective, options, str(out)), num_workers=0, report=lambda step, metrics: None)
+            run_training(objective, options, out, report=stop)
+    return run_training(objective, options, out)
 
 
 def _records(out: Path) -> list[dict[str, float | int | None]]:

@@ -7,17 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.ema import WeightAverage, exponential_decay
 from models.weights import load_weights
 from pipelines.errors import EnvironmentFailed, InputError
-from pipelines.training.batches import BatchSource, RowGroups
 from pipelines.training.journal import read_journal
 from pipelines.training.launch import fit
-from pipelines.training.loop import TrainingOrder, TrainingResult
+from pipelines.training.loop import TrainingOrder
 from pipelines.training.options import TrainingOptions
-from pipelines.training.order import BatchPlan, GlobalOrder
 from tests.feature_factory import write_features
-from tests.toy_objective import ToyObjective, ToyTrainee
+from tests.toy_objective import ToyObjective
+from tests.training_runs import plain_training, run_training
 
 OPTIONS = TrainingOptions(
     steps=9,
@@ -32,58 +30,17 @@ OPTIONS = TrainingOptions(
 )
 
 
-@pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_features(tmp_path_factory.mktemp("data") / "features", {"train": 40, "val": 16}))
-
-
-def _fit(objective: ToyObjective, options: TrainingOptions, out: Path) -> TrainingResult:
-    out.mkdir(parents=True, exist_ok=True)
-    return fit(TrainingOrder(objective, options, str(out)), num_workers=0, report=lambda step, metrics: None)
-
-
 def _losses(out: Path) -> list[tuple[int, float]]:
     records = read_journal(out / "metrics.jsonl")
     return [(int(r["step"] or 0), r["loss"]) for r in records]  # pyright: ignore[reportReturnType]
-
-
-def _plain_losses(features: str, options: TrainingOptions) -> tuple[list[float], ToyTrainee, WeightAverage]:
-    """What a loop without DeepSpeed, Ray or checkpoints gives."""
-    objective = ToyObjective(features=features)
-    trainee = objective.build(torch.device("cpu"))
-    assert isinstance(trainee, ToyTrainee)
-    groups = RowGroups(objective.training_data, objective.columns)
-    source = BatchSource(
-        groups=groups,
-        order=GlobalOrder(groups.sizes, options.seed),
-        plan=BatchPlan(options.batch_size, 1),
-        rank=0,
-        seed=options.seed,
-        collate=objective.collate,
-    )
-    optimizer = torch.optim.AdamW(
-        trainee.parameters(), options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
-    )
-    average = WeightAverage(trainee.parameters())
-    losses = []
-    for step, batch in enumerate(source.micro_batches(0, options.steps)):
-        loss, _ = trainee(batch, lambda tensor: tensor)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainee.parameters(), options.clip or math.inf)
-        optimizer.param_groups[0]["lr"] = options.learning_rates()(step)
-        optimizer.step()
-        average.update(trainee.parameters(), exponential_decay(step + 1, 0.9))
-        losses.append(float(loss.detach()))
-    return losses, trainee, average
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_gives_the_losses_and_weights_of_a_plain_torch_loop(
     features: str, tmp_path: Path, stage: int
 ) -> None:
-    _fit(ToyObjective(features=features), dataclasses.replace(OPTIONS, zero_stage=stage), tmp_path)
-    expected, trainee, _ = _plain_losses(features, OPTIONS)
+    run_training(ToyObjective(features=features), dataclasses.replace(OPTIONS, zero_stage=stage), tmp_path)
+    expected, trainee, _ = plain_training(ToyObjective(features=features), OPTIONS)
     assert [loss for _, loss in _losses(tmp_path)] == pytest.approx(expected, rel=2e-6)
     exported = load_weights(tmp_path / "toy.safetensors")
     for name, value in trainee.state_dict().items():
@@ -91,23 +48,23 @@ def test_every_zero_stage_gives_the_losses_and_weights_of_a_plain_torch_loop(
 
 
 def test_the_learning_rate_and_clipping_of_the_comparison_matter(features: str) -> None:
-    expected, _, _ = _plain_losses(features, OPTIONS)
+    expected, _, _ = plain_training(ToyObjective(features=features), OPTIONS)
     for change in ({"clip": 1e9}, {"lr": 2e-2}, {"weight_decay": 0.0}, {"schedule": "constant"}):
-        other, _, _ = _plain_losses(features, dataclasses.replace(OPTIONS, **change))
+        other, _, _ = plain_training(ToyObjective(features=features), dataclasses.replace(OPTIONS, **change))
         assert other != pytest.approx(expected, rel=1e-5)
 
 
 def test_validation_and_export_use_the_average_of_the_weights_and_training_does_not(
     features: str, tmp_path: Path
 ) -> None:
-    result = _fit(ToyObjective(features=features), dataclasses.replace(OPTIONS, ema_decay=0.9), tmp_path)
-    expected, _, average = _plain_losses(features, OPTIONS)
+    result = run_training(ToyObjective(features=features), dataclasses.replace(OPTIONS, ema_decay=0.9), tmp_path)
+    expected, _, average = plain_training(ToyObjective(features=features), OPTIONS)
     assert [loss for _, loss in _losses(tmp_path)] == pytest.approx(expected, rel=2e-6)
     exported = list(load_weights(tmp_path / "toy.safetensors").values())
     shapes = {tuple(shadow.shape): shadow for shadow in average.shadows}
     for value in exported:
         torch.testing.assert_close(value, shapes[tuple(value.shape)], rtol=1e-5, atol=1e-6)
-    without = _fit(ToyObjective(features=features), OPTIONS, tmp_path / "without")
+    without = run_training(ToyObjective(features=features), OPTIONS, tmp_path / "without")
     assert result.metrics["val_loss"] != pytest.approx(without.metrics["val_loss"], rel=1e-4)
 
 
@@ -149,9 +106,9 @@ def test_an_interrupted_run_ends_with_the_journal_and_weights_of_an_uninterrupte
     features: str, tmp_path: Path, stage: int, at_step: int
 ) -> None:
     options = dataclasses.replace(OPTIONS, zero_stage=stage, ema_decay=0.9)
-    whole = _fit(ToyObjective(features=features), options, tmp_path / "whole")
+    whole = run_training(ToyObjective(features=features), options, tmp_path / "whole")
     _interrupted(ToyObjective(features=features), options, tmp_path / "cut", at_step)
-    resumed = _fit(ToyObjective(features=features), options, tmp_path / "cut")
+    resumed = run_training(ToyObjective(features=features), options, tmp_path / "cut")
     assert _losses(tmp_path / "cut") == _losses(tmp_path / "whole")
     assert resumed.metrics == whole.metrics
     for name, value in load_weights(tmp_path / "whole" / "toy.safetensors").items():
@@ -159,7 +116,7 @@ def test_an_interrupted_run_ends_with_the_journal_and_weights_of_an_uninterrupte
 
 
 def test_a_finished_run_called_again_exports_again_without_a_step(features: str, tmp_path: Path) -> None:
-    first = _fit(ToyObjective(features=features), OPTIONS, tmp_path)
+    first = run_training(ToyObjective(features=features), OPTIONS, tmp_path)
     (tmp_path / "toy.safetensors").unlink()
     steps: list[int] = []
     again = fit(
@@ -177,8 +134,8 @@ def test_a_broken_newest_checkpoint_is_named_and_the_one_before_used(features: s
     newest = tmp_path / "cut" / "checkpoints" / "step_00000006-1"
     weights = next(newest.glob("weights_*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-10])
-    result = _fit(ToyObjective(features=features), OPTIONS, tmp_path / "cut")
-    _fit(ToyObjective(features=features), OPTIONS, tmp_path / "whole")
+    result = run_training(ToyObjective(features=features), OPTIONS, tmp_path / "cut")
+    run_training(ToyObjective(features=features), OPTIONS, tmp_path / "whole")
     assert len(result.notes) == 1
     assert "step_00000006-1 passed over" in result.notes[0]
     assert "bytes instead of" in result.notes[0]
@@ -190,15 +147,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_and_changes_nothing(
     features: str, tmp_path: Path, stage: int
 ) -> None:
     options = dataclasses.replace(OPTIONS, zero_stage=stage, steps=5, schedule="constant", warmup_steps=0)
-    result = _fit(ToyObjective(features=features, bad_steps=(2,)), options, tmp_path / "bad")
-    clean = _fit(ToyObjective(features=features), dataclasses.replace(options, steps=2), tmp_path / "clean")
+    result = run_training(ToyObjective(features=features, bad_steps=(2,)), options, tmp_path / "bad")
+    clean = run_training(ToyObjective(features=features), dataclasses.replace(options, steps=2), tmp_path / "clean")
     assert (result.skipped_steps, clean.skipped_steps) == (1, 0)
     records = read_journal(tmp_path / "bad" / "metrics.jsonl")
     assert [r["skipped"] for r in records] == [0, 0, 1, 0, 0]
     assert records[2]["loss"] is None
     assert all(math.isfinite(r["loss"] or math.nan) for i, r in enumerate(records) if i != 2)
     stopped = dataclasses.replace(options, steps=3)
-    _fit(ToyObjective(features=features, bad_steps=(2,)), stopped, tmp_path / "skip_last")
+    run_training(ToyObjective(features=features, bad_steps=(2,)), stopped, tmp_path / "skip_last")
     for name, value in load_weights(tmp_path / "clean" / "toy.safetensors").items():
         assert torch.equal(load_weights(tmp_path / "skip_last" / "toy.safetensors")[name], value)
 
@@ -206,7 +163,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_and_changes_nothing(
 def test_too_many_bad_steps_in_a_row_end_the_run_with_their_numbers(features: str, tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, max_bad_steps=3, max_rollbacks=0)
     with pytest.raises(EnvironmentFailed, match=r"steps 5 to 7 .*not finite.*--lr"):
-        _fit(ToyObjective(features=features, bad_steps=(4, 5, 6)), options, tmp_path)
+        run_training(ToyObjective(features=features, bad_steps=(4, 5, 6)), options, tmp_path)
     # Nothing is kept that a run might have to go back from at once.
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003-1"]
 
@@ -214,18 +171,18 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_their_numbers(features: st
 def test_an_average_of_power_form_is_kept_too(features: str, tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, ema_width=0.1)
     _interrupted(ToyObjective(features=features), options, tmp_path / "cut", 7)
-    _fit(ToyObjective(features=features), options, tmp_path / "cut")
-    _fit(ToyObjective(features=features), options, tmp_path / "whole")
+    run_training(ToyObjective(features=features), options, tmp_path / "cut")
+    run_training(ToyObjective(features=features), options, tmp_path / "whole")
     cut, whole = (load_weights(tmp_path / name / "toy.safetensors") for name in ("cut", "whole"))
     assert all(torch.equal(cut[name], whole[name]) for name in whole)
-    last, _, _ = _plain_losses(features, options)
+    last, _, _ = plain_training(ToyObjective(features=features), options)
     assert len(last) == 9
 
 
 def test_a_validation_split_smaller_than_a_batch_is_an_input_error(features: str, tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, batch_size=32)
     with pytest.raises(InputError, match="no whole validation batch in 16 rows"):
-        _fit(ToyObjective(features=features, batch_size=32), options, tmp_path)
+        run_training(ToyObjective(features=features, batch_size=32), options, tmp_path)
 
 
 def test_options_that_cannot_be_are_refused() -> None:
@@ -239,17 +196,17 @@ def test_options_that_cannot_be_are_refused() -> None:
 
 def test_an_alarm_is_noted_once_and_stops_only_a_strict_run_also_after_a_resume(features: str, tmp_path: Path) -> None:
     lenient = ToyObjective(features=features, alarm_at=5)
-    result = _fit(lenient, OPTIONS, tmp_path / "lenient")
+    result = run_training(lenient, OPTIONS, tmp_path / "lenient")
     assert (result.steps, result.stopped) == (9, None)
     assert result.notes == ["first alarm at step 5: too long a run"]
     strict = dataclasses.replace(lenient, strict=True)
     # The alarm's memory is part of a checkpoint: killed at 4, resumed from 3, it still comes at 5.
     _interrupted(strict, OPTIONS, tmp_path / "strict", 4)
-    result = _fit(strict, OPTIONS, tmp_path / "strict")
+    result = run_training(strict, OPTIONS, tmp_path / "strict")
     assert (result.steps, result.stopped) == (5, "step 5: too long a run")
     assert (tmp_path / "strict" / "toy.safetensors").exists()
     assert "val_loss" in result.metrics
-    assert _fit(strict, OPTIONS, tmp_path / "strict") == result
+    assert run_training(strict, OPTIONS, tmp_path / "strict") == result
 
 
 def test_a_full_disk_at_a_checkpoint_is_a_clean_stop_that_resumes(
@@ -263,8 +220,8 @@ def test_a_full_disk_at_a_checkpoint_is_a_clean_stop_that_resumes(
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints, "publish", full)
         with pytest.raises(EnvironmentFailed, match=r"step 3 cannot be written .*No space left.*run the same command"):
-            _fit(ToyObjective(features=features), OPTIONS, tmp_path / "full")
-    result = _fit(ToyObjective(features=features), OPTIONS, tmp_path / "full")
-    _fit(ToyObjective(features=features), OPTIONS, tmp_path / "whole")
+            run_training(ToyObjective(features=features), OPTIONS, tmp_path / "full")
+    result = run_training(ToyObjective(features=features), OPTIONS, tmp_path / "full")
+    run_training(ToyObjective(features=features), OPTIONS, tmp_path / "whole")
     assert "never finished" in result.notes[0]
     assert _losses(tmp_path / "full") == _losses(tmp_path / "whole")

@@ -12,32 +12,16 @@ from pipelines.errors import EnvironmentFailed
 from pipelines.training.adjustments import Adjustments, read_adjustments
 from pipelines.training.flow_matching_objective import FlowMatchingObjective
 from pipelines.training.journal import read_journal
-from pipelines.training.launch import fit
-from pipelines.training.loop import TrainingOrder, TrainingResult
 from pipelines.training.objective import Trainee
 from pipelines.training.options import TrainingOptions
 from pipelines.training.out_of_memory import halve_micro_batch, is_out_of_memory
 from pipelines.training.sf_cavp_objective import SFCAVPObjective
-from tests.feature_factory import write_features
 from tests.toy_objective import HUNGER_BYTES, ToyObjective, allocate_within
+from tests.training_runs import losses_of, run_training
 
 OPTIONS = TrainingOptions(steps=6, batch_size=8, lr=1e-2, clip=0.05, checkpoint_every=2, validate_every=3)
 ROOM_BYTES = 5 * HUNGER_BYTES // 2
 """Two samples fit and three do not."""
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_features(tmp_path_factory.mktemp("data") / "features", {"train": 40, "val": 16}))
-
-
-def _fit(objective: ToyObjective, options: TrainingOptions, out: Path) -> TrainingResult:
-    out.mkdir(parents=True, exist_ok=True)
-    return fit(TrainingOrder(objective, options, str(out)), num_workers=0, report=lambda step, metrics: None)
-
-
-def _losses(out: Path) -> list[float]:
-    return [float(record["loss"] or 0) for record in read_journal(out / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
@@ -47,9 +31,9 @@ def test_fault_27_memory_that_runs_out_in_a_step_halves_the_micro_batch_until_it
     options = dataclasses.replace(OPTIONS, zero_stage=stage)
     calm = ToyObjective(features=features, loss_is_mean=True)
     hungry = dataclasses.replace(calm, hungry_from=3, memory_bytes=ROOM_BYTES)
-    result = _fit(hungry, options, tmp_path / "hungry")
-    expected = _fit(calm, options, tmp_path / "calm")
-    assert _losses(tmp_path / "hungry") == pytest.approx(_losses(tmp_path / "calm"), rel=5e-6)
+    result = run_training(hungry, options, tmp_path / "hungry")
+    expected = run_training(calm, options, tmp_path / "calm")
+    assert losses_of(tmp_path / "hungry") == pytest.approx(losses_of(tmp_path / "calm"), rel=5e-6)
     for name, value in load_weights(tmp_path / "calm" / "toy.safetensors").items():
         torch.testing.assert_close(load_weights(tmp_path / "hungry" / "toy.safetensors")[name], value)
     assert result.metrics["val_loss"] == pytest.approx(expected.metrics["val_loss"], rel=1e-5)
@@ -58,14 +42,14 @@ def test_fault_27_memory_that_runs_out_in_a_step_halves_the_micro_batch_until_it
     records = read_journal(tmp_path / "hungry" / "metrics.jsonl")
     assert [record.get("accumulation") for record in records] == [None, None, 4, 4, 4, 4]
     (tmp_path / "hungry" / "checkpoints" / "adjustments.json").unlink()
-    assert _fit(hungry, dataclasses.replace(options, steps=8), tmp_path / "hungry").steps == 8
+    assert run_training(hungry, dataclasses.replace(options, steps=8), tmp_path / "hungry").steps == 8
     assert read_journal(tmp_path / "hungry" / "metrics.jsonl")[-1]["accumulation"] == 4
 
 
 def test_fault_27_one_sample_that_does_not_fit_is_a_stop_that_says_what_to_do(features: str, tmp_path: Path) -> None:
     starved = ToyObjective(features=features, loss_is_mean=True, hungry_from=0, memory_bytes=HUNGER_BYTES // 2)
     with pytest.raises(EnvironmentFailed, match=r"out of memory with one sample at a time.*--zero-stage.*--dry-run"):
-        _fit(starved, OPTIONS, tmp_path)
+        run_training(starved, OPTIONS, tmp_path)
     assert read_adjustments(tmp_path / "checkpoints") == Adjustments(max_micro_size=1)
 
 
@@ -74,7 +58,7 @@ def test_fault_27_a_loss_over_the_whole_batch_is_not_changed_behind_anyones_back
     with pytest.raises(
         EnvironmentFailed, match=r"with 8 samples.*compares the samples of a batch.*nothing was changed"
     ):
-        _fit(hungry, OPTIONS, tmp_path)
+        run_training(hungry, OPTIONS, tmp_path)
     assert not (tmp_path / "checkpoints" / "adjustments.json").exists()
     assert not SFCAVPObjective(start="", features="", size="tiny", sample_rate_hz=16000).loss_is_mean
     assert FlowMatchingObjective(start="", features="", size="tiny").loss_is_mean
@@ -90,7 +74,7 @@ def test_memory_that_runs_out_while_the_model_is_built_is_no_matter_of_batches(
 
     monkeypatch.setattr(ToyObjective, "build", build)
     with pytest.raises(EnvironmentFailed, match=r"out of memory outside the steps.*allocate"):
-        _fit(objective, OPTIONS, tmp_path)
+        run_training(objective, OPTIONS, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -110,7 +94,7 @@ def test_nothing_of_the_attempt_that_ran_out_is_still_there_when_the_next_one_be
 
     monkeypatch.setattr(ToyObjective, "build", counted)
     hungry = ToyObjective(features=features, loss_is_mean=True, hungry_from=1, memory_bytes=ROOM_BYTES)
-    _fit(hungry, dataclasses.replace(OPTIONS, zero_stage=stage, steps=2), tmp_path)
+    run_training(hungry, dataclasses.replace(OPTIONS, zero_stage=stage, steps=2), tmp_path)
     assert alive == [0, 0, 0]
 
 

@@ -1,7 +1,6 @@
 """Real faults in two Ray workers that no exception tells of: a stopped rank, and memory that runs out on one alone."""
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,38 +8,21 @@ import pytest
 
 from pipelines.training.adjustments import read_adjustments
 from pipelines.training.journal import read_journal
-from pipelines.training.launch import fit
-from pipelines.training.loop import TrainingOrder, TrainingResult
+from pipelines.training.loop import TrainingOrder
 from pipelines.training.options import TrainingOptions
-from pipelines.training.workers import IDLE_CPUS, OrderBook, WorkerGroup, warm_workers
-from tests.feature_factory import write_features
+from pipelines.training.workers import OrderBook, WorkerGroup
 from tests.toy_objective import HUNGER_BYTES, ToyObjective
+from tests.training_runs import losses_of, run_training, two_workers
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = TrainingOptions(steps=8, batch_size=8, lr=3e-2, clip=0.05, checkpoint_every=3, stall_timeout_s=15.0)
 
 
 @pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_features(tmp_path_factory.mktemp("data") / "features", {"train": 40, "val": 16}))
-
-
-@pytest.fixture(scope="module")
 def group(ray_cluster: None) -> Iterator[WorkerGroup]:
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # One loss of the workers is allowed: memory that runs out must not count as one.
-    with warm_workers(2, cpus_per_worker=IDLE_CPUS, max_failures=1) as warm:
+    with two_workers(max_failures=1) as warm:
         yield warm
-
-
-def _fit(objective: ToyObjective, out: Path, group: WorkerGroup | None) -> TrainingResult:
-    out.mkdir(parents=True, exist_ok=True)
-    order = TrainingOrder(objective, OPTIONS, str(out))
-    return fit(order, num_workers=0, report=lambda step, metrics: None, group=group)
-
-
-def _losses(out: Path) -> list[float]:
-    return [float(record["loss"] or 0) for record in read_journal(out / "metrics.jsonl")]
 
 
 @pytest.mark.slow
@@ -51,15 +33,15 @@ def test_fault_25_a_stopped_rank_is_named_and_ended_and_the_run_goes_on_as_if_no
     mark = tmp_path / "stopped"
     hanging = ToyObjective(features=features, stop_at=4, stop_file=str(mark))
     with caplog.at_level(logging.WARNING, logger="pipelines.training.workers"):
-        result = _fit(hanging, tmp_path / "hung", group)
+        result = run_training(hanging, OPTIONS, tmp_path / "hung", group=group)
     assert result.steps == 8
     assert not Path(f"/proc/{mark.read_text()}").exists()
     named = [record.getMessage() for record in caplog.records if "made no progress" in record.getMessage()]
     assert len(named) == 1
     assert "hung: rank 1 (last heard from" in named[0]
     assert "for 15 s in step 5, where the others wait (backward)" in named[0]
-    _fit(hanging.faultless(), tmp_path / "quiet", group)
-    assert _losses(tmp_path / "hung") == _losses(tmp_path / "quiet")
+    run_training(hanging.faultless(), OPTIONS, tmp_path / "quiet", group=group)
+    assert losses_of(tmp_path / "hung") == losses_of(tmp_path / "quiet")
     one, other = ((tmp_path / name / "toy.safetensors").read_bytes() for name in ("hung", "quiet"))
     assert one == other
 
@@ -71,11 +53,11 @@ def test_fault_27_memory_that_runs_out_on_one_rank_gives_smaller_micro_batches_o
 ) -> None:
     calm = ToyObjective(features=features, loss_is_mean=True)
     hungry = ToyObjective(features=features, loss_is_mean=True, hungry_from=4, memory_bytes=5 * HUNGER_BYTES // 2)
-    result = _fit(hungry, tmp_path / "hungry", group)
-    _fit(calm, tmp_path / "calm", None)
+    result = run_training(hungry, OPTIONS, tmp_path / "hungry", group=group)
+    run_training(calm, OPTIONS, tmp_path / "calm")
     assert result.notes == ["out of memory: micro batches of at most 2 on a worker, same global batch"]
     assert read_adjustments(tmp_path / "hungry" / "checkpoints").max_micro_size == 2
-    assert _losses(tmp_path / "hungry") == pytest.approx(_losses(tmp_path / "calm"), rel=5e-6)
+    assert losses_of(tmp_path / "hungry") == pytest.approx(losses_of(tmp_path / "calm"), rel=5e-6)
     records = read_journal(tmp_path / "hungry" / "metrics.jsonl")
     assert [record.get("accumulation") for record in records] == [None] * 3 + [2] * 5
 

@@ -3,7 +3,6 @@
 One group serves the whole file, as it serves a whole launch.
 """
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,14 +14,13 @@ from models.weights import load_weights
 from pipelines.data.units import HERE, Pool, cut_units
 from pipelines.errors import InputError, PipelineError
 from pipelines.training.journal import read_journal
-from pipelines.training.launch import fit
 from pipelines.training.loop import TrainingOrder, TrainingResult
 from pipelines.training.options import TrainingOptions
-from pipelines.training.workers import IDLE_CPUS, OrderBook, WorkerGroup, warm_workers
-from tests.feature_factory import write_features
+from pipelines.training.workers import OrderBook, WorkerGroup, warm_workers
 from tests.pipelines.test_units import Maker, clips
 from tests.pipelines.test_units import run as run_test_units
 from tests.toy_objective import ToyObjective
+from tests.training_runs import losses_of, run_training, two_workers
 
 pytestmark = pytest.mark.ray
 
@@ -31,30 +29,17 @@ SETTINGS = {"steps": 8, "batch_size": 8, "lr": 3e-2, "clip": 0.05, "checkpoint_e
 
 
 @pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_features(tmp_path_factory.mktemp("data") / "features", {"train": 40, "val": 16}))
-
-
-@pytest.fixture(scope="module")
 def group(ray_cluster: None) -> Iterator[WorkerGroup]:
-    # Workers must find the toy objective.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with warm_workers(2, cpus_per_worker=IDLE_CPUS, max_failures=2) as warm:
+    with two_workers(max_failures=2) as warm:
         yield warm
 
 
 def _fit(
     objective: ToyObjective, out: Path, group: WorkerGroup | None, **settings: object
 ) -> tuple[TrainingResult, list[int]]:
-    out.mkdir(parents=True, exist_ok=True)
     options = TrainingOptions(**{**SETTINGS, **settings})  # pyright: ignore[reportArgumentType]
     told: list[int] = []
-    order = TrainingOrder(objective, options, str(out))
-    return fit(order, num_workers=0, report=lambda step, metrics: told.append(step), group=group), told
-
-
-def _losses(out: Path) -> list[float | int | None]:
-    return [record["loss"] for record in read_journal(out / "metrics.jsonl")]
+    return run_training(objective, options, out, group=group, report=lambda step, metrics: told.append(step)), told
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +57,7 @@ def test_two_workers_give_the_losses_and_weights_of_one_at_every_zero_stage(
     result, told = _fit(ToyObjective(features=features), tmp_path, group, zero_stage=stage)
     assert (result.steps, told) == (8, list(range(1, 9)))
     # The toy's loss has a term over the whole global batch: only a gather with the right gradient gives these.
-    assert _losses(tmp_path) == pytest.approx(_losses(alone), rel=5e-6)
+    assert losses_of(tmp_path) == pytest.approx(losses_of(alone), rel=5e-6)
     exported, expected = load_weights(tmp_path / "toy.safetensors"), load_weights(alone / "toy.safetensors")
     for name, value in expected.items():
         torch.testing.assert_close(exported[name], value, rtol=1e-4, atol=1e-6)
@@ -97,7 +82,7 @@ def test_a_worker_killed_in_the_middle_changes_nothing(features: str, group: Wor
     result, _ = _fit(faulty, tmp_path / "killed_run", group, zero_stage=1)
     assert int(mark.read_text()) > 0
     whole, _ = _fit(faulty.faultless(), tmp_path / "whole", group, zero_stage=1)
-    assert _losses(tmp_path / "killed_run") == _losses(tmp_path / "whole")
+    assert losses_of(tmp_path / "killed_run") == losses_of(tmp_path / "whole")
     assert result.metrics == whole.metrics
     for name, value in load_weights(tmp_path / "whole" / "toy.safetensors").items():
         assert torch.equal(load_weights(tmp_path / "killed_run" / "toy.safetensors")[name], value)
