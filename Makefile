@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCHMARKS := preprocess plan_scale train_step networks
 
-.PHONY: help setup lock fmt lint check test test-slow fuzz kill-storm demo bench docs clean
+.PHONY: help setup lock fmt lint check test test-slow fuzz kill-storm demo science bench docs clean
 
 help: ## print this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -55,6 +55,9 @@ kill-storm: $(STAMP) ## preprocess under random SIGKILLs; prints its digest besi
 
 demo: $(STAMP) ## the whole line on a synthetic world, into runs/demo
 	$(BIN)/python jobs/demo.py --out runs/demo
+
+science: $(STAMP) ## the controlled study of preference rounds, into runs/science: hours; goes on where it was
+	$(BIN)/python jobs/science.py --out runs/science
 
 bench: $(STAMP) ## every benchmark, each prints a table
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done

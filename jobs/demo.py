@@ -4,24 +4,13 @@ Every stage is the job of that name with the tiny preset, and its command is pri
 Killed and started again it goes on where it was.
 """
 
-import importlib
 import json
-import shlex
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from jobs import cli
-
-if TYPE_CHECKING:
-    from pipelines.training.workers import WorkerGroup
-
-SECONDS = "seconds.json"
-IN_THE_GROUP = ("train_sf_cavp", "train_mmdit", "rpo_rounds", "evaluate")
-"""Jobs that work in the launch's warm workers; the others read and write media, on Ray Data or in this process."""
+from jobs.chain import Step, run_all, seconds_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +39,6 @@ class Options:
     def __post_init__(self) -> None:
         cli.require(self.rounds >= 1, f"--rounds must be at least 1, got {self.rounds}")
         cli.require(self.num_workers >= 1, f"--num-workers must be at least 1, got {self.num_workers}")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One stage of the demo: a job with its flags, and the folder whose manifest says that it is done."""
-
-    name: str
-    job: str
-    flags: tuple[str, ...]
-    done: str
 
 
 def steps(options: Options) -> list[Step]:
@@ -130,20 +109,14 @@ def _label(name: str) -> str:
 
 def main(options: Options) -> int:
     """Run what is not done yet, print the table, write summary.json."""
-    from pipelines.cluster import connect
     from pipelines.evaluation.demo_summary import demo_summary, demo_table
     from pipelines.tracking import open_launch
-    from pipelines.training.workers import IDLE_CPUS, warm_workers
 
     todo = steps(options)
     started = time.monotonic()
     with open_launch(options.out, "demo", params=vars(options), tags={}) as launch:
-        if any(not _is_done(step) for step in todo):
-            warm = warm_workers(options.num_workers, cpus_per_worker=IDLE_CPUS)
-            with connect(num_cpus=options.num_workers), warm as group:
-                for step in todo:
-                    _run(step, options, group)
-        summary = demo_summary(options.out, rounds=options.rounds, seconds=_seconds(options))
+        run_all(todo, out=options.out, preset=options.preset, num_workers=options.num_workers)
+        summary = demo_summary(options.out, rounds=options.rounds, seconds=seconds_of(options.out))
         text = json.dumps(summary, indent=1) + "\n"
         (Path(options.out) / "summary.json").write_text(text, encoding="utf-8")
         launch.document("summary.json", text.encode())
@@ -151,32 +124,6 @@ def main(options: Options) -> int:
     print(f"{time.monotonic() - started:.0f} s this time; all numbers: {options.out}/summary.json")
     print(f"listen: {options.out}/report/index.html")
     return 0 if summary["gate_passed"] else 4
-
-
-def _run(step: Step, options: Options, group: "WorkerGroup") -> None:
-    """Run one stage unless it is done, and note how long it took."""
-    command = [options.preset, *step.flags]
-    print(f"\n$ python jobs/{step.job}.py {shlex.join(command)}", flush=True)
-    was_done = _is_done(step)
-    module = importlib.import_module(f"jobs.{step.job}")
-    started = time.monotonic()
-    parsed = cli.parse(step.job, module.Options, command)
-    run: Callable[..., int] = module.main
-    code = run(parsed, group) if step.job in IN_THE_GROUP else run(parsed)
-    if code:
-        sys.exit(code)
-    if not was_done:
-        seconds = _seconds(options) | {step.name: round(time.monotonic() - started, 1)}
-        (Path(options.out) / SECONDS).write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
-
-
-def _is_done(step: Step) -> bool:
-    return (Path(step.done) / "manifest.json").exists()
-
-
-def _seconds(options: Options) -> dict[str, Any]:
-    path = Path(options.out) / SECONDS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 if __name__ == "__main__":

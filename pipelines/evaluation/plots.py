@@ -25,14 +25,14 @@ DRAWING: dict[Any, Any] = {
 
 def reward_histogram(scores: Mapping[str, ClipScores]) -> str:
     """How the reward of the clips is spread, one outline a subject, as SVG."""
-    return _svg(histogram_of({label: s.values["reward"] for label, s in scores.items()}))
+    return to_svg(histogram_of({label: s.values["reward"] for label, s in scores.items()}))
 
 
 def histogram_of(rewards: Mapping[str, np.ndarray]) -> Figure:
     """How rewards are spread, one outline a name; rewards that are not finite are left out."""
     known = {label: values[np.isfinite(values)] for label, values in rewards.items()}
     every = np.concatenate([*known.values(), np.zeros(0)])
-    figure, axes = _figure("reward R of each sound", "share of sounds", "Reward; dotted: the mean")
+    figure, axes = new_figure("reward R of each sound", "share of sounds", "Reward; dotted: the mean")
     if len(every):
         edges = np.histogram_bin_edges(every, bins=30)
         for (label, values), colour in zip(known.items(), _colours(len(known)), strict=True):
@@ -46,18 +46,18 @@ def histogram_of(rewards: Mapping[str, np.ndarray]) -> Figure:
 
 def value_histogram(values: np.ndarray, label: str, title: str) -> str:
     """How finite values [N], N at least 1, are spread, in counts, as SVG; dotted: their median."""
-    figure, axes = _figure(label, "clips", title)
+    figure, axes = new_figure(label, "clips", title)
     counts, edges = np.histogram(values, bins=40)
     axes.stairs(counts, edges, color=COLOURS[0], fill=True, alpha=0.75)
     axes.axvline(float(np.median(values)), color=COLOURS[5], linewidth=0.9, linestyle=":")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def reward_against_score(scores: Mapping[str, ClipScores]) -> str:
     """Reward against the independent score, one dot a clip and subject."""
     by_events = any(s.has_events for s in scores.values())
     score_label = "class-aware onset F1 of the clip" if by_events else "minus log-mel distance"
-    figure, axes = _figure("reward R", score_label, "Each dot is one clip of one subject")
+    figure, axes = new_figure("reward R", score_label, "Each dot is one clip of one subject")
     for (label, subject), colour in zip(scores.items(), _colours(len(scores)), strict=True):
         reward, score = subject.values["reward"], first_candidate_score(subject)
         known = np.isfinite(reward) & np.isfinite(score)
@@ -65,7 +65,7 @@ def reward_against_score(scores: Mapping[str, ClipScores]) -> str:
             axes.scatter(reward[known], score[known], s=9, alpha=0.55, color=colour, linewidths=0, label=_plain(label))
     if axes.collections:
         _legend(figure)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _colours(count: int) -> list[str]:
@@ -81,7 +81,8 @@ def _legend(figure: Figure) -> None:
     figure.legend(frameon=False, loc="outside lower center", ncols=4)
 
 
-def _figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:
+def new_figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:
+    """An empty figure in the pages' style, with one pair of axes."""
     with matplotlib.rc_context(DRAWING):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         figure.suptitle(title, fontsize=10, color="#5b6675")
@@ -93,7 +94,7 @@ def _figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
     """SVG element (without the XML prologue, which does not belong inside HTML)."""
     with matplotlib.rc_context(DRAWING):
         buffer = io.StringIO()

@@ -226,7 +226,7 @@ def summarise(
         if not math.isfinite(values[base][0]):
             continue
         for label in differences:
-            pair = _paired(metric, scores[label], scores[base], values[label], values[base], rows)
+            pair = paired_difference(metric, (scores[label], values[label]), (scores[base], values[base]), rows)
             if math.isfinite(pair[0]):
                 differences[label][metric.name] = estimate(pair)
     used = tuple(m for m in METRICS if any(m.name in estimates[label] for label in labels))
@@ -241,21 +241,20 @@ def summarise(
     )
 
 
-def _paired(
-    metric: Metric,
-    subject: ClipScores,
-    base: ClipScores,
-    subject_values: np.ndarray,
-    base_values: np.ndarray,
-    weights: np.ndarray,
+def paired_difference(
+    metric: Metric, subject: tuple[ClipScores, np.ndarray], base: tuple[ClipScores, np.ndarray], weights: np.ndarray
 ) -> np.ndarray:
-    """Subject minus baseline under each row; clips on which either lacks the column count for neither."""
+    """Subject minus base under each row of weights [R, clips]: [R].
+
+    `subject` and `base` are scores of the same clips with the metric's values under those weights. Clips on which
+    either lacks the metric's column count for neither.
+    """
     if metric.column is not None:
-        known = np.isfinite(subject.values[metric.column]) & np.isfinite(base.values[metric.column])
+        known = np.isfinite(subject[0].values[metric.column]) & np.isfinite(base[0].values[metric.column])
         if not known.all():
             weights = weights * known
-            return metric.of(subject, weights) - metric.of(base, weights)
-    return subject_values - base_values
+            return metric.of(subject[0], weights) - metric.of(base[0], weights)
+    return subject[1] - base[1]
 
 
 def point_values(scores: ClipScores) -> dict[str, float]:

@@ -42,5 +42,7 @@ def imported_names(path: Path) -> set[tuple[str, int]]:
 def jobs() -> list[str]:
     """Names of the jobs: the modules of `jobs/` that a person starts."""
     return sorted(
-        path.stem for path in modules("jobs") if path.parent == Path("jobs") and path.stem not in ("__init__", "cli")
+        path.stem
+        for path in modules("jobs")
+        if path.parent == Path("jobs") and path.stem not in ("__init__", "cli", "chain")
     )

@@ -1,0 +1,136 @@
+"""A controlled study of preference rounds on the synthetic world: python jobs/science.py --out runs/science.
+
+Every cell (an M_0, a reward, an arm, its scores) is the job of that name as a stage, so a launch of hours that was
+killed goes on where it was, and `--table-only` makes the results at any time from what is done.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs import cli
+from jobs.chain import Step, parse_all, run_all, seconds_of
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.study import Study
+
+STUDIES = Path(__file__).resolve().parent / "studies"
+NUM_CANDIDATES = 5
+"""Candidates of M_0 a clip: Best-of-5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Run a study's arms over its seeds, and write its tables and figures."""
+
+    out: cli.StoragePath
+    """Folder for everything the study makes."""
+    study: str = "rpo_demo_world"
+    """A name in jobs/studies, or the path of a YAML file."""
+    num_workers: int = 2
+    """Workers of every stage."""
+    table_only: bool = False
+    """Run nothing: make the results from the cells that are done."""
+    results: cli.StoragePath | None = None
+    """Folder for tables and figures; None: `results` in --out."""
+
+    def __post_init__(self) -> None:
+        cli.require(self.num_workers >= 1, f"--num-workers must be at least 1, got {self.num_workers}")
+
+
+def main(options: Options) -> int:
+    """Run what is not done yet, then write the results."""
+    from pipelines.evaluation.study import read_study
+
+    path = Path(options.study)
+    study = read_study(path if path.suffix in (".yaml", ".yml") else STUDIES / f"{options.study}.yaml")
+    todo = steps(study, options.out, options.num_workers)
+    parse_all(todo, study.preset)
+    if not options.table_only:
+        from pipelines.tracking import open_launch
+
+        with open_launch(options.out, "science", params=vars(options), tags={}):
+            run_all(todo, out=options.out, preset=study.preset, num_workers=options.num_workers)
+    print(_write_results(study, options, todo))
+    return 0
+
+
+def steps(study: "Study", out: str, num_workers: int) -> list[Step]:
+    """The stages in order: a whole replicate after the other, so that a study that is cut short has whole ones."""
+    workers = ("--num-workers", str(num_workers))
+    found = [
+        _step("make_demo_world", out, "world", *cli.flatten(dict(study.world)), *workers),
+        _step("preprocess", out, "features", "--manifest", f"{out}/world/clips.csv", *workers),
+    ]
+    for seed in study.seeds:
+        found += _replicate(study, out, seed, workers)
+    return found
+
+
+def _replicate(study: "Study", out: str, seed: int, workers: tuple[str, ...]) -> list[Step]:
+    from pipelines.evaluation.study import BASELINE
+    from pipelines.evaluation.study_folders import Replicate, policies
+
+    folders = Replicate(out, seed)
+    own, data = (f"--seed={seed}", *workers), ("--features", f"{out}/features")
+    judge = folders.reward(study.reward)
+
+    def scores(place: str, split: str, reward: str, policy: str, num_candidates: int) -> Step:
+        flags = (*data, "--reward", reward, "--policy", policy, f"--split={split}", *workers)
+        return _step("evaluate", out, place, *flags, f"--num-candidates={num_candidates}")
+
+    found = [_step("train_mmdit", out, folders.m0, *data, *cli.flatten(dict(study.m0)), *own)]
+    for name, flags in study.rewards.items():
+        reward = folders.reward(name)
+        found.append(_step("train_sf_cavp", out, reward, *data, *cli.flatten(dict(flags)), *own))
+        found.append(scores(folders.ranked(name), "val", reward, folders.m0, NUM_CANDIDATES))
+    found.append(scores(folders.tested(BASELINE), "test", judge, folders.m0, NUM_CANDIDATES))
+    for arm in (arm for arm in study.arms if seed in arm.seeds):
+        place, flags = folders.arm(arm.name), cli.flatten(dict(arm.flags))
+        if arm.job == "train_mmdit":
+            found.append(_step(arm.job, out, place, "--init", folders.m0, *data, *flags, *own))
+        else:
+            rounds = f"--rounds={study.num_rounds(arm)}"
+            inputs = ("--policy", folders.m0, "--reward", judge, *data)
+            found.append(_step(arm.job, out, place, *inputs, *flags, rounds, "--gate=report", *own))
+        for subject, policy in policies(study, arm, place).items():
+            found.append(scores(folders.tested(subject), "test", judge, policy, 2))
+    return found
+
+
+def _step(job: str, out: str, place: str, *flags: str) -> Step:
+    place = place if place.startswith(out) else f"{out}/{place}"
+    return Step(place.removeprefix(f"{out}/"), job, (*flags, "--out", place), place)
+
+
+def _write_results(study: "Study", options: Options, todo: list[Step]) -> str:
+    """Tables and figures from the cells that are done; returns the tables as text."""
+    from pipelines.evaluation.study_folders import read_cells, read_rankings, read_rounds
+    from pipelines.evaluation.study_page import write_results
+
+    out = options.out
+    done = f"{sum(step.is_done for step in todo)} of {len(todo)} stages are done."
+    folder = Path(options.results or f"{out}/results")
+    text = write_results(
+        folder,
+        done=done,
+        cells=read_cells(study, out),
+        rankings=read_rankings(study, out),
+        rounds=read_rounds(study, out),
+        worker_seconds=_cost(out, options.num_workers),
+        compared_with=study.compared_with,
+    )
+    return f"{text}\ntables and figures: {folder}"
+
+
+def _cost(out: str, num_workers: int) -> dict[str, float]:
+    """Worker seconds of each kind of step: the mean over replicates of wall time x workers."""
+    kinds: dict[str, list[float]] = {}
+    for name, seconds in seconds_of(out).items():
+        kind = name.partition("/")[2] if name.startswith("seed_") else name
+        kinds.setdefault(kind, []).append(seconds * num_workers)
+    return {kind: sum(values) / len(values) for kind, values in kinds.items()}
+
+
+if __name__ == "__main__":
+    cli.run("science", Options, main)

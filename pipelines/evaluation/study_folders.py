@@ -1,0 +1,136 @@
+"""Where the cells of a study lie, and what can be read from those that are done.
+
+out/world, out/features                     shared by all replicates
+out/seed_<s>/m0
+out/seed_<s>/rewards/<reward>               one SF-CAVP of each kind
+out/seed_<s>/val/m0_by_<reward>             M_0's candidates on val, scored by it: may it rank?
+out/seed_<s>/arms/<arm>                     preference rounds, or a longer training
+out/seed_<s>/test/<subject>                 the table's scores
+out/results                                 tables and figures
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.data.store import MANIFEST
+from pipelines.evaluation.evaluate import measures, read_scores
+from pipelines.evaluation.scores import ClipScores
+from pipelines.evaluation.study import Arm, Study
+from pipelines.evaluation.study_results import RankingResult, ranking_result
+from pipelines.preferences.rounds import baseline_scores, round_folders
+from pipelines.training.journal import read_journal
+from pipelines.training.loop import JOURNAL
+
+LAST_SHARE = 0.2
+"""Share of a round's steps, at its end, over which displacements are averaged."""
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """The folders of one seed."""
+
+    out: str
+    seed: int
+
+    @property
+    def base(self) -> str:
+        """The folder of all of it."""
+        return f"{self.out}/seed_{self.seed}"
+
+    @property
+    def m0(self) -> str:
+        """Its M_0."""
+        return f"{self.base}/m0"
+
+    def reward(self, name: str) -> str:
+        """Its SF-CAVP of a kind."""
+        return f"{self.base}/rewards/{name}"
+
+    def ranked(self, reward: str) -> str:
+        """Scores of M_0's candidates on val by a reward."""
+        return f"{self.base}/val/m0_by_{reward}"
+
+    def arm(self, name: str) -> str:
+        """What an arm made."""
+        return f"{self.base}/arms/{name}"
+
+    def tested(self, subject: str) -> str:
+        """Scores of a subject on test."""
+        return f"{self.base}/test/{subject}"
+
+
+def read_cells(study: Study, out: str) -> dict[str, dict[int, ClipScores]]:
+    """Scores on test of every subject and replicate that are done, in the study's order."""
+    found: dict[str, dict[int, ClipScores]] = {}
+    for subject in study.subjects:
+        places = {seed: Replicate(out, seed).tested(subject) for seed in study.seeds_of(subject)}
+        done = {seed: read_scores(place)[0] for seed, place in places.items() if is_done(place)}
+        if done:
+            found[subject] = done
+    return found
+
+
+def read_rankings(study: Study, out: str) -> dict[str, dict[int, RankingResult]]:
+    """How well every reward that is done ranks, by kind and replicate."""
+    found: dict[str, dict[int, RankingResult]] = {}
+    for reward in study.rewards:
+        places = {seed: Replicate(out, seed).ranked(reward) for seed in study.seeds}
+        done = {seed: ranking_result(read_scores(place)[0]) for seed, place in places.items() if is_done(place)}
+        if done:
+            found[reward] = done
+    return found
+
+
+def read_rounds(study: Study, out: str) -> tuple[dict[str, Points], dict[str, Points]]:
+    """Of every arm of rounds that is done, means over replicates, round by round.
+
+    Returns:
+        (reward, class-aware F1) on val, of M_0 and after each round; (loser's, winner's) displacement at each end.
+    """
+    scored: dict[str, Points] = {}
+    moved: dict[str, Points] = {}
+    for arm in (arm for arm in study.arms if arm.job == "rpo_rounds"):
+        places = [Replicate(out, seed).arm(arm.name) for seed in arm.seeds]
+        places = [place for place in places if is_done(place)]
+        if places:
+            scored[arm.name] = _mean([_scores_by_round(place, study.num_rounds(arm)) for place in places])
+            moved[arm.name] = _mean([_displacements(place, study.num_rounds(arm)) for place in places])
+    return scored, moved
+
+
+def policies(study: Study, arm: Arm, place: str) -> dict[str, str]:
+    """Subject -> folder of the policy that an arm at `place` ends with; its gate reports and refuses none."""
+    if arm.job == "train_mmdit":
+        return {arm.name: place}
+    last = round_folders(place, study.num_rounds(arm) - 1)
+    return dict(zip(arm.subjects, (last.policy, last.control), strict=False))
+
+
+def is_done(place: str) -> bool:
+    """Whether a cell is finished."""
+    return (Path(place) / MANIFEST).exists()
+
+
+def _scores_by_round(place: str, num_rounds: int) -> Points:
+    places = [baseline_scores(place), *(round_folders(place, index).scores for index in range(num_rounds))]
+    found = [measures(scores) for scores in places]
+    return [(values["reward"], values["class_f1"]) for values in found]
+
+
+def _displacements(place: str, num_rounds: int) -> Points:
+    points = []
+    for index in range(num_rounds):
+        records = read_journal(Path(round_folders(place, index).policy) / JOURNAL)
+        last = records[-max(1, round(LAST_SHARE * len(records))) :]
+        both = ([r[name] for r in last] for name in ("loser_displacement", "winner_displacement"))
+        loser, winner = (float(np.mean([value for value in values if value is not None])) for values in both)
+        points.append((loser, winner))
+    return points
+
+
+def _mean(of_replicates: list[Points]) -> Points:
+    means = np.mean(np.array(of_replicates), axis=0)
+    return [(float(x), float(y)) for x, y in means]

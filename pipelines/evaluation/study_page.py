@@ -1,0 +1,177 @@
+"""A study's results for people: tables in Markdown and figures, made from the numbers alone."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from pipelines.evaluation.plots import COLOURS, DRAWING, new_figure, to_svg
+from pipelines.evaluation.study import BASELINE
+from pipelines.evaluation.study_results import (
+    TABLE_METRICS,
+    Cells,
+    RankingResult,
+    Result,
+    StudyNumbers,
+    metric_named,
+    to_json,
+)
+from pipelines.evaluation.tables import number
+
+ARROWS = {"up": "↑", "down": "↓"}
+TABLES, NUMBERS = "tables.md", "results.json"
+Points = Sequence[tuple[float, float]]
+
+
+def write_results(
+    folder: Path,
+    *,
+    done: str,
+    cells: Cells,
+    rankings: Mapping[str, Mapping[int, RankingResult]],
+    rounds: tuple[Mapping[str, Points], Mapping[str, Points]],
+    worker_seconds: Mapping[str, float],
+    compared_with: Sequence[str],
+) -> str:
+    """Write `tables.md`, `results.json` and the figures of a study, whole or in part; returns the tables.
+
+    `rounds` are (reward, class-aware F1) and (loser's, winner's) displacements by arm, round by round.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"{done}\n"
+    content: dict[str, Any] = {"done": done, "worker_seconds": dict(worker_seconds)}
+    if rankings:
+        text += f"\n## The reward as a ranker, on val\n\n{ranking_table(rankings)}"
+        content["rankings"] = {
+            n: {s: asdict(r) | {"share": r.share} for s, r in f.items()} for n, f in rankings.items()
+        }
+    if cells:
+        numbers = StudyNumbers(cells)
+        text += f"\n## The arms, on test\n\n{tables(numbers, compared_with)}"
+        content |= to_json(numbers, compared_with)
+        for name, picture in _figures(numbers, *rounds).items():
+            (folder / name).write_text(picture, encoding="utf-8")
+    if worker_seconds:
+        text += f"\n## Cost\n\n{cost_table(worker_seconds)}"
+    (folder / TABLES).write_text(text, encoding="utf-8")
+    (folder / NUMBERS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return text
+
+
+def _figures(numbers: StudyNumbers, scored: Mapping[str, Points], moved: Mapping[str, Points]) -> dict[str, str]:
+    on_val = "On val, M_0 and after each round; means over replicates"
+    at_end = "At the end of each round; means over replicates"
+    return {
+        "frontier.svg": frontier_figure(numbers, BASELINE, "frechet", "class_f1"),
+        "reward_and_f1.svg": lines_figure(scored, "reward R", "class-aware F1", on_val),
+        "displacement.svg": lines_figure(moved, "loser's displacement", "winner's displacement", at_end),
+    }
+
+
+def tables(numbers: StudyNumbers, compared_with: Sequence[str]) -> str:
+    """Values of every subject, then differences from each reference."""
+    titles = [f"{metric_named(m).title} {ARROWS[metric_named(m).better]}" for m in TABLE_METRICS]
+    lines = [
+        f"{numbers.num_clips} test clips. Mean over replicates [95 % interval over clips] ± standard deviation over",
+        "replicates; in differences **bold** where the interval leaves out zero and every replicate has the same sign.",
+        "",
+        *_table(
+            ["subject", "replicates", *titles],
+            [
+                [s, str(len(numbers.cells[s])), *(_cell(numbers.value(s, m)) for m in TABLE_METRICS)]
+                for s in numbers.cells
+            ],
+        ),
+    ]
+    for reference in (name for name in compared_with if name in numbers.cells):
+        rows = [
+            [s, *(_difference_cell(numbers.difference(s, reference, m)) for m in TABLE_METRICS)]
+            for s in numbers.cells
+            if s != reference
+        ]
+        lines += ["", f"Minus {reference}, paired by clip and replicate:", "", *_table(["subject", *titles], rows)]
+    return "\n".join(lines) + "\n"
+
+
+def ranking_table(found: Mapping[str, Mapping[int, RankingResult]]) -> str:
+    """How well each kind of reward ranks, by reward and replicate."""
+    rows = []
+    for name, by_seed in found.items():
+        rhos = [result.rho.value for result in by_seed.values()]
+        shares = [result.share for result in by_seed.values()]
+        each = " ".join(f"{rho:.3f}" for rho in rhos)
+        rows.append(
+            [name, f"{np.mean(rhos):.3f}", each, f"{np.mean(shares):.2f}", " ".join(f"{s:.2f}" for s in shares)]
+        )
+    header = ["reward", "rank rho", "by replicate", "share of the oracle's gain", "by replicate"]
+    return "\n".join(_table(header, rows)) + "\n"
+
+
+def cost_table(worker_seconds: Mapping[str, float]) -> str:
+    """Worker seconds of each kind of step, means over replicates."""
+    rows = [[name, f"{seconds:.0f}"] for name, seconds in worker_seconds.items()]
+    return "\n".join(_table(["step", "worker seconds"], rows)) + "\n"
+
+
+def frontier_figure(numbers: StudyNumbers, reference: str, other: str, wanted: str) -> str:
+    """Each subject's change of `wanted` against its change of `other` from the reference, as SVG."""
+    figure, axes = new_figure(
+        f"{metric_named(other).title} minus {reference}",
+        f"{metric_named(wanted).title} minus {reference}",
+        "Mean over replicates; bars: 95 % intervals over clips",
+    )
+    with matplotlib.rc_context(DRAWING):
+        axes.axhline(0, color="#5b6675", linewidth=0.7)
+        axes.axvline(0, color="#5b6675", linewidth=0.7)
+        for index, subject in enumerate(name for name in numbers.cells if name != reference):
+            x, y = (numbers.difference(subject, reference, metric) for metric in (other, wanted))
+            if x is None or y is None:
+                continue
+            axes.errorbar(
+                x.mean.value,
+                y.mean.value,
+                xerr=[[x.mean.value - x.mean.lo], [x.mean.hi - x.mean.value]],
+                yerr=[[y.mean.value - y.mean.lo], [y.mean.hi - y.mean.value]],
+                fmt="o",
+                markersize=4,
+                linewidth=0.8,
+                color=COLOURS[index % len(COLOURS)],
+            )
+            axes.annotate(subject, (x.mean.value, y.mean.value), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    return to_svg(figure)
+
+
+def lines_figure(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, title: str) -> str:
+    """One line of points a name, marked from the first to the last, as SVG."""
+    figure, axes = new_figure(x_label, y_label, title)
+    with matplotlib.rc_context(DRAWING):
+        for index, (name, points) in enumerate(lines.items()):
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, marker="o", markersize=4, linewidth=1, color=COLOURS[index % len(COLOURS)], label=name)
+        if lines:
+            figure.legend(frameon=False, loc="outside lower center", ncols=3)
+    return to_svg(figure)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _cell(result: Result) -> str:
+    spread = "" if math.isnan(result.spread) else f" ± {result.spread:.3f}"
+    return number(result.mean) + spread
+
+
+def _difference_cell(result: Result | None) -> str:
+    if result is None:
+        return "-"
+    m = result.mean
+    spread = "" if math.isnan(result.spread) else f" ± {result.spread:.3f}"
+    text = f"{m.value:+.3f} [{m.lo:+.3f}, {m.hi:+.3f}]{spread}"
+    signs = {value > 0 for value in result.by_seed.values()}
+    return f"**{text}**" if (m.lo > 0 or m.hi < 0) and len(signs) == 1 else text

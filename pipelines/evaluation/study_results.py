@@ -1,0 +1,135 @@
+"""The numbers of a study from whatever of its cells is done: means over replicates, intervals and spread.
+
+Two uncertainties are kept apart. The interval is a bootstrap over clips of the mean over replicates, with one matrix of
+resampling weights for all subjects and replicates, so that every comparison is paired by clip. The spread is the
+standard deviation over replicates of the same number, each with an M_0, a reward and draws of its own.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines.evaluation.bootstrap import Estimate, estimate, resampling_weights
+from pipelines.evaluation.ranking_quality import best_of_n, within_clip_correlation
+from pipelines.evaluation.scores import ClipScores, check_same_clips
+from pipelines.evaluation.summary import METRICS, Metric, paired_difference
+
+TABLE_METRICS = ("class_f1", "f1", "frechet", "reward", "log_mel_distance", "diversity", "fm_loss")
+"""What the tables show, the first the one that decides."""
+NUM_RESAMPLES = 1000
+Cells = Mapping[str, Mapping[int, ClipScores]]
+"""Subject -> replicate -> its scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One number of a subject, or of a comparison."""
+
+    mean: Estimate
+    """Mean over the replicates, with its interval over clips."""
+    by_seed: dict[int, float]
+    spread: float
+    """Standard deviation over replicates; NaN of a single one."""
+
+
+def metric_named(name: str) -> Metric:
+    """The metric of that name."""
+    return next(metric for metric in METRICS if metric.name == name)
+
+
+class StudyNumbers:
+    """Values of every metric under one matrix of resampling weights, computed once a cell."""
+
+    def __init__(self, cells: Cells, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> None:
+        """Raises InputError where cells do not cover the same clips."""
+        flat = {f"{subject}, seed {s}": c for subject, by_seed in cells.items() for s, c in by_seed.items()}
+        check_same_clips(flat)
+        self.cells = cells
+        self.num_clips = next(iter(flat.values())).num_clips
+        self._weights = resampling_weights(self.num_clips, num_resamples, seed)
+        self._values: dict[tuple[str, int, str], np.ndarray] = {}
+
+    def value(self, subject: str, metric: str) -> Result:
+        """A metric of a subject."""
+        return _result({seed: self._of(subject, seed, metric) for seed in self.cells[subject]})
+
+    def difference(self, subject: str, reference: str, metric: str) -> Result | None:
+        """Subject minus reference, paired by clip and replicate; None where they share no replicate."""
+        shared = [seed for seed in self.cells[subject] if seed in self.cells.get(reference, {})]
+        pairs = {seed: self._difference(subject, reference, seed, metric_named(metric)) for seed in shared}
+        return _result(pairs) if pairs else None
+
+    def _difference(self, subject: str, reference: str, seed: int, metric: Metric) -> np.ndarray:
+        sides = [(self.cells[side][seed], self._of(side, seed, metric.name)) for side in (subject, reference)]
+        return paired_difference(metric, sides[0], sides[1], self._rows(metric))
+
+    def _of(self, subject: str, seed: int, name: str) -> np.ndarray:
+        key = subject, seed, name
+        if key not in self._values:
+            metric = metric_named(name)
+            self._values[key] = metric.of(self.cells[subject][seed], self._rows(metric))
+        return self._values[key]
+
+    def _rows(self, metric: Metric) -> np.ndarray:
+        return self._weights[: metric.max_resamples + 1]
+
+
+def _result(values: Mapping[int, np.ndarray]) -> Result:
+    points = {seed: float(rows[0]) for seed, rows in values.items()}
+    spread = float(np.std(list(points.values()), ddof=1)) if len(points) > 1 else math.nan
+    return Result(mean=estimate(np.mean(list(values.values()), axis=0)), by_seed=points, spread=spread)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingResult:
+    """How well one reward ranks the candidates of M_0 within a clip, in one replicate."""
+
+    rho: Estimate
+    """Mean rank correlation with the independent score."""
+    gain: float
+    """Class-aware F1 that the reward's Best-of-N gains over a random candidate."""
+    oracle_gain: float
+    """What the independent score itself would gain."""
+
+    @property
+    def share(self) -> float:
+        """Share of the oracle's gain."""
+        return self.gain / self.oracle_gain if self.oracle_gain > 0 else math.nan
+
+
+def ranking_result(scores: ClipScores) -> RankingResult:
+    """Measure a reward by an evaluation with several candidates a clip."""
+    correlation = within_clip_correlation(scores)
+    known = correlation[np.isfinite(correlation)]
+    weights = resampling_weights(len(known), NUM_RESAMPLES, 0)
+    curve, most = best_of_n(scores), scores.num_candidates
+    return RankingResult(
+        rho=estimate(weights @ known / weights.sum(axis=1)),
+        gain=curve.picked[most].value - curve.picked[1].value,
+        oracle_gain=curve.oracle[most].value - curve.oracle[1].value,
+    )
+
+
+def to_json(numbers: StudyNumbers, compared_with: Sequence[str]) -> dict[str, Any]:
+    """Every value and every difference, as plain values."""
+    subjects = list(numbers.cells)
+    return {
+        "num_clips": numbers.num_clips,
+        "values": {s: {m: _plain(numbers.value(s, m)) for m in TABLE_METRICS} for s in subjects},
+        "differences": {
+            reference: {
+                s: {m: _plain(numbers.difference(s, reference, m)) for m in TABLE_METRICS}
+                for s in subjects
+                if s != reference
+            }
+            for reference in compared_with
+            if reference in numbers.cells
+        },
+    }
+
+
+def _plain(result: Result | None) -> dict[str, Any] | None:
+    return None if result is None else asdict(result)

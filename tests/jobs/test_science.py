@@ -1,0 +1,50 @@
+"""The study's launch: every command parses before anything runs, and a table can be had at any time."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs import science
+from jobs.chain import parse_all
+from pipelines.errors import InputError
+from pipelines.evaluation.study import read_study
+
+STUDIES = sorted(science.STUDIES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_in_the_repository_is_a_line_of_commands_that_parse(path: Path) -> None:
+    study = read_study(path)
+    todo = science.steps(study, "/out", 2)
+    parse_all(todo, study.preset)
+    assert len({step.done for step in todo}) == len(todo)
+    tested = [step for step in todo if "/test/" in step.done]
+    assert len(tested) == sum(len(study.seeds_of(subject)) for subject in study.subjects)
+    # No decision may read the test split: what is trained or gated never names it.
+    assert not [step for step in todo if step.job != "evaluate" and "test" in " ".join(step.flags).split("=")]
+
+
+def test_every_input_of_a_step_is_the_output_of_an_earlier_one() -> None:
+    todo = science.steps(read_study(science.STUDIES / "rpo_demo_world.yaml"), "/out", 2)
+    made = {"/out/world/clips.csv"}
+    for step in todo:
+        places = [flag for flag in step.flags if flag.startswith("/out/")][:-1]
+        # A round's policy lies in the folder of its arm.
+        assert all(any(place == one or place.startswith(f"{one}/round_") for one in made) for place in places), step
+        made.add(step.done)
+
+
+def test_a_wrong_flag_of_an_arm_is_told_before_anything_runs(tmp_path: Path) -> None:
+    content = yaml.safe_load((science.STUDIES / "rpo_demo_world.yaml").read_text())
+    content["arms"]["gt_vs_random"]["flags"]["kapa"] = 3
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match="kapa"):
+        science.main(science.Options(out=str(tmp_path / "out"), study=str(path)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_of_a_study_that_has_not_begun_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert science.main(science.Options(out=str(tmp_path / "out"), table_only=True)) == 0
+    assert "0 of" in capsys.readouterr().out
