@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipelines.errors import EnvironmentFailed
+
 LOOPBACK_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Read on Linux too: binds every service of a local cluster to 127.0.0.1."""
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
@@ -18,6 +20,9 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
 
     An open connection is reused and left open. `RAY_ADDRESS` (set by `ray job submit` too) names a running cluster;
     without it a local cluster of `num_cpus` (default: the machine's) starts and ends with the block.
+
+    Raises:
+        EnvironmentFailed: no cluster answers, or the local one does not come up.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
@@ -30,6 +35,24 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
         yield
         return
     _quiet()
+    try:
+        _init(address, num_cpus)
+    except Exception as error:  # A bare Exception is what Ray raises where a node does not come up in time.
+        ray.shutdown()
+        where = f"the cluster at RAY_ADDRESS={address}" if address else "a local cluster"
+        raise EnvironmentFailed(
+            f"Ray: {where} did not come up ({_first_line(error)}); see that the machine is not overloaded and the "
+            "address is right, then run the same command again"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init(address: str | None, num_cpus: int | None) -> None:
+    import ray
+
     if address:
         ray.init(address=address, logging_level=logging.ERROR)
     else:
@@ -44,10 +67,10 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
             logging_level=logging.ERROR,
             log_to_driver=sys.stderr.isatty(),
         )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def _quiet() -> None:
