@@ -91,12 +91,13 @@ class MelPatchCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, N, C] -> [B, S], clamped to [-1, 1]."""
+        """[B, N, C] -> [B, S] in [-1, 1]; a sound that goes beyond is brought down as a whole and not clipped."""
         mel = rearrange(latents.float(), "b n (f m) -> b m (n f)", f=self.spec.mel_frames_per_latent)
         magnitude = self._power(mel).sqrt()
         # The frame that `encode` dropped at the end.
         magnitude = torch.cat([magnitude, magnitude[..., -1:]], dim=-1)
-        return self._griffin_lim(magnitude).clamp(-1, 1)
+        wave = self._griffin_lim(magnitude)
+        return wave / wave.abs().amax(dim=1, keepdim=True).clamp_min(1)
 
     def _power(self, log_mel: Tensor) -> Tensor:
         """[B, M, F] log-mel -> power spectrum [B, K, F] >= 0, by multiplicative updates (Lee and Seung 2001)."""
