@@ -34,6 +34,7 @@ def feature_row(rng: np.random.Generator, clip_id: str, split: str, spec: ClipSp
         "split": split,
         "content_hash": clip_id,
         "events": None,
+        "has_video": True,
         "frames": [b"\xff\xd8"] * spec.frames_len,
         "audio": b"fLaC",
         "measures": random_measures(rng),

@@ -150,7 +150,7 @@ _CONDITIONS = (
 
 FEATURES = Contract(
     name="features",
-    version=2,
+    version=3,
     key=("clip_id",),
     doc="One row is one clip: its identity, the material SF-CAVP sees, the generator's conditions and target.",
     columns=(
@@ -177,9 +177,14 @@ FEATURES = Contract(
             nullable=True,
         ),
         Column(
+            name="has_video",
+            type=_plain(pa.bool_()),
+            doc="false for sound and words alone: no frames, zeros for `clip_features` and `sync_features`",
+        ),
+        Column(
             name="frames",
             type=_plain(pa.list_(pa.binary())),
-            doc="JPEG frames at 16 fps, square, for SF-CAVP",
+            doc="JPEG frames at 16 fps, square, for SF-CAVP; none where there is no video",
         ),
         Column(name="audio", type=_plain(pa.binary()), doc="FLAC, 16 bit, mono, the codec's rate, exact length"),
         Column(

@@ -18,6 +18,7 @@ from models.spec import SPECS, ClipSpec
 from models.weights import load_config
 from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, SCORES
+from pipelines.data.pictures import require_pictures
 from pipelines.data.store import CHECKPOINT, Dataset, open_files, read_manifest
 from pipelines.data.units import ListedUnits, Pool, run_units
 from pipelines.errors import InputError, Refused
@@ -100,6 +101,7 @@ def evaluate(
         fingerprints["policy"] = _check_policy(inputs.policy, features)
     codec = open_codec(inputs.weights, features.spec, features, inputs.policy)
     units = plan_units(features, settings)
+    require_pictures(features, (settings.split,), "evaluate")
 
     def body(context: StageContext) -> None:
         # Here, because sampling actors import this module and have nothing to draw.

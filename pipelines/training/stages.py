@@ -20,6 +20,7 @@ from models.spec import SPECS
 from models.weights import load_config
 from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, PAIRS
+from pipelines.data.pictures import require_pictures
 from pipelines.data.sample_bytes import sample_bytes
 from pipelines.data.store import CHECKPOINT, Dataset, files_manifest, open_files
 from pipelines.errors import InputError
@@ -82,6 +83,7 @@ def train_sf_cavp(
     dataset = Dataset.open(features, FEATURES)
     for split in (train_split, val_split):
         _check_split(dataset, split, features)
+    require_pictures(dataset, (train_split, val_split), "SF-CAVP")
     codec = FrozenNetworks()
     if codec_share > 0:
         codec = open_codec(weights, dataset.spec, dataset, policy=None)
