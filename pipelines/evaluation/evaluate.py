@@ -96,12 +96,12 @@ def evaluate(
         Refused: too many clips were rejected; the dataset is there to be looked at.
     """
     features = Dataset.open(inputs.features, FEATURES)
+    require_pictures(features, (settings.split,), "the reward")
     fingerprints = {"features": features.fingerprint, "reward": open_files(inputs.reward, CHECKPOINT)[1]["fingerprint"]}
     if settings.needs_policy:
         fingerprints["policy"] = _check_policy(inputs.policy, features)
     codec = open_codec(inputs.weights, features.spec, features, inputs.policy)
     units = plan_units(features, settings)
-    require_pictures(features, (settings.split,), "evaluate")
 
     def body(context: StageContext) -> None:
         # Here, because sampling actors import this module and have nothing to draw.
