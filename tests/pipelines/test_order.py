@@ -118,8 +118,8 @@ def test_each_dataset_is_read_in_an_order_of_its_own_each_row_once_an_epoch(orde
         assert every == [(group, row) for group, size in enumerate(sizes) for row in range(size)]
 
 
-@given(order=mixtures(), start=st.integers(0, 2000), worlds=st.permutations([1, 2, 3]))
-@settings(max_examples=30, deadline=None)
+@given(order=mixtures(), start=st.integers(0, 200), worlds=st.permutations([1, 2, 3]))
+@settings(max_examples=20, deadline=None)
 def test_a_mixed_batch_is_the_same_for_any_number_of_ranks_and_from_any_step_on(
     order: MixedOrder, start: int, worlds: list[int]
 ) -> None:
@@ -135,9 +135,7 @@ def test_a_mixed_batch_is_the_same_for_any_number_of_ranks_and_from_any_step_on(
 def test_mixed_orders_of_other_seeds_and_datasets_are_other_ones() -> None:
     order = MixedOrder(((64, 64), (64, 64)), (2, 1), seed=5)
     other = replace(order, seed=6)
-    assert not np.array_equal(order.block(0)[:, 0], other.block(1)[:, 0]) or not np.array_equal(
-        order.finder()(np.arange(90)), other.finder()(np.arange(90))
-    )
+    assert not np.array_equal(order.finder()(np.arange(90)), other.finder()(np.arange(90)))
     first, second = (own.epoch(0) for own in order.orders)
     assert not np.array_equal(first, second)
     blocks = {tuple(order.block(index)[:, 0].tolist()) for index in range(30)}
