@@ -190,7 +190,8 @@ FEATURES = Contract(
         Column(
             name="measures",
             type=_plain(MEASURE_STRUCT),
-            doc="what curation filters by: level, loudness, silence, motion, cuts (see the dataset of measures)",
+            doc="what curation filters by: level, loudness, silence, motion, cuts (see the dataset of measures); those of "
+            "the picture are null without video",
         ),
         *_CONDITIONS,
         Column(name="latent_mean", type=_latent, doc="posterior mean of the codec's latents [N, C]"),
@@ -344,7 +345,8 @@ MEASURES = Contract(
     name="measures",
     version=1,
     key=("clip_id",),
-    doc="One row is one clip of a features dataset with everything it can be filtered by.",
+    doc="One row is one clip of a features dataset with everything it can be filtered by; null of the picture without "
+    "video.",
     columns=(
         _CLIP_ID,
         Column(name="split", type=_plain(pa.string()), doc="split of the clip"),

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from models.spec import SPECS
+from pipelines.curation.curate import curate, plan_curation
+from pipelines.curation.measure import measure
+from pipelines.curation.report import ReportSettings
 from pipelines.data.contracts import FEATURES, MEASURED
 from pipelines.data.decoding import Decoder
 from pipelines.data.ingest import Sources, gather_entries
@@ -20,6 +23,7 @@ from pipelines.data.verify import check_files, check_rows
 from pipelines.errors import InputError, StageConflict
 from pipelines.evaluation.contact_sheet import contact_sheet
 from pipelines.evaluation.dataset_card import dataset_card
+from pipelines.stage import untracked
 from tests.pipelines.clip_factory import simple_clip, tone, write_clip
 from tests.pipelines.tar_factory import write_tar
 
@@ -84,6 +88,20 @@ def test_such_rows_verify_and_are_shown_and_counted(made: Path) -> None:
     assert {check.outcome for check in check_rows(location, count=9, seed=0)} == {"equal"}
     assert re.search(r"^without video +7 rows$", dataset_card(location), re.MULTILINE)
     assert contact_sheet(Dataset.open(location, FEATURES), 2).startswith(b"\x89PNG")
+
+
+def test_such_rows_are_measured_and_curated_by_their_sound(made: Path, tmp_path: Path) -> None:
+    features, measures = str(made / "features"), str(tmp_path / "measures")
+    measure(features, None, out=measures, pool=HERE, report=ReportSettings(num_examples=1), track=untracked)
+    assert (tmp_path / "measures" / "report" / "index.html").is_file()
+    plan = plan_curation(features, measures, ["source_rate_hz >= 40000"])
+    curate(plan, out=str(tmp_path / "curated"), pool=HERE, track=untracked)
+    kept = Dataset.open(str(tmp_path / "curated"), FEATURES)
+    # The sound of the video is at 16 kHz.
+    assert kept.num_without_video() == 6 == kept.num_rows()
+    assert set(plan_curation(features, measures, ["motion >= 0"]).dropped) == set(
+        kept.read(["clip_id"])["clip_id"].to_pylist()
+    ) | {"video"}
 
 
 def test_a_video_has_the_sound_that_it_has_with_its_picture(made: Path, tmp_path: Path) -> None:
