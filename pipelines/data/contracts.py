@@ -190,8 +190,8 @@ FEATURES = Contract(
         Column(
             name="measures",
             type=_plain(MEASURE_STRUCT),
-            doc="what curation filters by: level, loudness, silence, motion, cuts (see the dataset of measures); those of "
-            "the picture are null without video",
+            doc="what curation filters by: level, loudness, silence, motion, cuts (see the dataset of measures); "
+            "those of the picture are null without video",
         ),
         *_CONDITIONS,
         Column(name="latent_mean", type=_latent, doc="posterior mean of the codec's latents [N, C]"),
