@@ -19,6 +19,9 @@ class Options:
     """Folder of media files (searched recursively) or of WebDataset tars, or one tar; alone, all of it is taken."""
     follow: bool = False
     """With --videos: follow links that leave the folder."""
+    audio_only: bool = False
+    """Make rows of sound and words alone, without a picture: of wav, flac, mp3, ogg, and of videos, whose picture is
+    not looked at. For training the generator; everything else needs pictures."""
     default_split: Literal["train", "rpo", "val", "test"] = "train"
     """Split of clips for which neither manifest nor list says one."""
     exclude_ids: tuple[cli.StoragePath, ...] = ()
@@ -54,6 +57,9 @@ class Options:
         cli.require((self.manifest or self.videos) is not None, "give --manifest, --videos, or both")
         cli.require(self.hop_s is None or self.hop_s > 0, f"--hop-s must be positive, got {self.hop_s}")
         cli.require(self.hop_s is None or self.windows != "first", "--hop-s needs --windows all or scenes")
+        cli.require(
+            not (self.audio_only and self.windows == "scenes"), "--audio-only sees no scenes: choose first or all"
+        )
         cli.require(self.num_workers >= 0, f"--num-workers must be 0 or more, got {self.num_workers}")
         cli.require(self.decode_timeout_s > 0, f"--decode-timeout-s must be positive, got {self.decode_timeout_s}")
         enough_s = 3 * self.decode_timeout_s
@@ -79,6 +85,7 @@ def main(options: Options) -> int:
             default_split=options.default_split,
             exclude_ids=options.exclude_ids,
             vggss=options.vggss,
+            audio_only=options.audio_only,
         )
     )
     for name, count in entries.num_excluded.items():
@@ -91,6 +98,7 @@ def main(options: Options) -> int:
         encoders=options.encoders,
         windows=options.windows,
         hop_s=options.hop_s,
+        audio_only=options.audio_only,
         max_pixels=options.max_pixels,
         max_file_s=options.max_file_s,
         timeout_s=options.decode_timeout_s,

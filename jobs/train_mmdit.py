@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 class Options(PolicyTrainingOptions):
     """Train a policy on real sound. The latent transform is fitted on the training split, or inherited from --init."""
 
-    features: cli.StoragePath
-    """Features dataset of the size's clip spec."""
+    features: tuple[cli.StoragePath, ...]
+    """Features dataset of the size's clip spec; or several, which are mixed. Rows without video may be among them."""
     out: cli.StoragePath
     """Folder of the policy."""
+    mix: tuple[int, ...] | None = None
+    """Weight of each dataset, whole numbers: 5 1 takes five samples of the first for one of the second, exactly. By
+    default its number of rows. Statistics are fitted on the first dataset."""
     size: str = "small_16k"
     """tiny, small_16k, small_44k, medium_44k, large_44k or large_44k_v2."""
     init: cli.StoragePath | None = None
@@ -53,6 +56,12 @@ class Options(PolicyTrainingOptions):
     gpu_gib: float | None = None
     """With --dry-run: memory of a GPU in GiB, to say what fits it; None: that of --gpu."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        cli.require(len(self.features) > 0, "give --features one dataset or more")
+        given = 0 if self.mix is None else len(self.mix)
+        cli.require(self.mix is None or given == len(self.features), f"--mix has {given} weights; give one a dataset")
+
 
 def main(options: Options, group: "WorkerGroup | None" = None) -> int:
     """Run the stage, in `group` if there is one; or print what it needs."""
@@ -62,6 +71,7 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
 
     train_mmdit(
         features=options.features,
+        mix=options.mix,
         out=options.out,
         size=options.size,
         options=options.training(),

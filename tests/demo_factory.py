@@ -40,6 +40,7 @@ def demo_row(clip_id: str, split: str, clip: DemoClip) -> dict[str, object]:
         "split": split,
         "content_hash": clip_id,
         "events": [asdict(event) for event in clip.events],
+        "has_video": True,
         "frames": [encode_jpeg(frame) for frame in clip.frames],
         "audio": encode_flac(clip.wave, SAMPLE_RATE_HZ),
         "measures": measure_clip(clip.wave, SAMPLE_RATE_HZ, clip.frames, FRAME_RATE_HZ),

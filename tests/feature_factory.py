@@ -1,6 +1,7 @@
 """Small finished datasets for tests: features and pairs of the tiny spec, from a seed, through the real store."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,14 @@ LATENT_RANK = 40
 """The random latents vary in this many directions: more than the 32 that tiny's whitening keeps."""
 
 
-def feature_row(rng: np.random.Generator, clip_id: str, split: str, spec: ClipSpec = TINY) -> dict[str, object]:
+def feature_row(
+    rng: np.random.Generator, clip_id: str, split: str, spec: ClipSpec = TINY, *, has_video: bool = True
+) -> dict[str, object]:
     """One row whose latents depend on its conditions, so that training on it has something to learn."""
     cause = rng.standard_normal((spec.sync_len, spec.sync_dim)).astype(np.float32)
     mixing = np.random.default_rng(0).standard_normal((LATENT_RANK, spec.latent_dim)).astype(np.float32)
     latent = cause[: spec.latent_len, :LATENT_RANK] @ mixing
-    return {
+    row = {
         "clip_id": clip_id,
         "source": f"{clip_id}.mp4",
         "start_s": 0.0,
@@ -34,6 +37,7 @@ def feature_row(rng: np.random.Generator, clip_id: str, split: str, spec: ClipSp
         "split": split,
         "content_hash": clip_id,
         "events": None,
+        "has_video": True,
         "frames": [b"\xff\xd8"] * spec.frames_len,
         "audio": b"fLaC",
         "measures": random_measures(rng),
@@ -41,6 +45,13 @@ def feature_row(rng: np.random.Generator, clip_id: str, split: str, spec: ClipSp
         "latent_mean": latent,
         "latent_std": np.zeros_like(latent),
     }
+    return row if has_video else row | without_video(row)
+
+
+def without_video(row: Mapping[str, object]) -> dict[str, object]:
+    """What of a row is another where there is no video."""
+    zeros = {name: np.zeros_like(row[name]) for name in ("clip_features", "sync_features")}
+    return {"has_video": False, "frames": [], **zeros}
 
 
 def random_measures(rng: np.random.Generator) -> dict[str, object]:
@@ -65,16 +76,21 @@ def _conditions(rng: np.random.Generator, sync: np.ndarray, spec: ClipSpec) -> d
     }
 
 
-def write_features(out: Path, splits: dict[str, int], seed: int = 0) -> Path:
+def write_features(
+    out: Path, splits: dict[str, int], seed: int = 0, *, has_video: bool = True, prefix: str = ""
+) -> Path:
     """Write a features dataset with so many rows of each split (random, not decodable frames and sound)."""
     rng = np.random.default_rng(seed)
     tables = {
         split: table_from_rows(
-            [feature_row(rng, f"{split}_{index:05d}", split) for index in range(count)], FEATURES, TINY
+            [feature_row(rng, f"{prefix}{split}_{index:05d}", split, has_video=has_video) for index in range(count)],
+            FEATURES,
+            TINY,
         )
         for split, count in splits.items()
     }
-    return write_dataset(out, FEATURES, tables, {"seed": seed, "splits": splits})
+    config = {"seed": seed, "splits": splits, "has_video": has_video, "prefix": prefix}
+    return write_dataset(out, FEATURES, tables, config)
 
 
 def write_pairs(out: Path, num_kept: int, num_dropped: int, policy: str = "policy", seed: int = 0) -> Path:

@@ -43,6 +43,7 @@ def world_row(clip: DemoClip, clip_id: str, split: str) -> dict[str, object]:
         "split": split,
         "content_hash": clip_id,
         "events": [vars(event) for event in clip.events],
+        "has_video": True,
         "frames": [encode_jpeg(frame) for frame in clip.frames],
         "audio": encode_flac(clip.wave, TINY.sample_rate_hz),
         "measures": measure_clip(clip.wave, TINY.sample_rate_hz, clip.frames, TINY.frames_rate_hz),

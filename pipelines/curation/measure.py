@@ -20,6 +20,7 @@ from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, MEASURES, REJECTS
 from pipelines.data.frames import decode_frames
 from pipelines.data.media_write import decode_flac
+from pipelines.data.pictures import require_pictures
 from pipelines.data.store import CHECKPOINT, Dataset, files_manifest, open_files
 from pipelines.data.tables import table_from_rows
 from pipelines.data.units import Alive, ListedUnits, Pool, Unit, run_units
@@ -117,13 +118,15 @@ def measure(
         options_yaml, track, say: as those of `run_stage`.
 
     Raises:
-        InputError: an input is missing or another kind, or the features have no rows.
+        InputError: an input is missing or another kind, the features have no rows, or rows without video and a reward
+            is given.
     """
     dataset = Dataset.open(features, FEATURES)
     if not dataset.num_rows():
         raise InputError(f"{dataset.folder.uri} has no rows to measure; look at its rejects")
     inputs = {"features": dataset.fingerprint}
     if reward is not None:
+        require_pictures(dataset, (None,), "--reward")
         load_reward(reward, "cpu")
         inputs["reward"] = open_files(reward, CHECKPOINT)[1]["fingerprint"]
 

@@ -26,6 +26,8 @@ PAGE = "report/index.html"
 MEDIA = "report/media"
 SHEET_COLUMNS, SHEET_ROWS, SHEET_PX = 4, 2, 112
 SHEET_QUALITY = 80
+NO_VIDEO = np.full((1, SHEET_PX, SHEET_PX, 3), 64, np.uint8)
+"""Shown of a clip that is sound alone: a grey sheet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,7 @@ class _Media:
 def _write_examples(folder: Folder, features: Dataset, clip_ids: Sequence[str]) -> Iterator[tuple[str, _Media]]:
     """Write the files of some clips, one row group in memory at a time."""
     wanted = set(clip_ids)
-    columns = ["clip_id", "caption", "frames", "audio"]
+    columns = ["clip_id", "caption", "has_video", "frames", "audio"]
     for part, index, here in row_groups_with(features, wanted):
         table = features.read_row_group(part, index, columns)
         for row, clip_id in enumerate(here):
@@ -154,7 +156,7 @@ def _write_example(folder: Folder, clip: Mapping[str, Any], rate_hz: int) -> _Me
     # A clip id may be any text: it does not become the name of a file.
     stem = hashlib.sha256(str(clip["clip_id"]).encode()).hexdigest()[:16]
     try:
-        sheet = contact_sheet(decode_frames(clip["frames"]))
+        sheet = contact_sheet(decode_frames(clip["frames"]) if clip["has_video"] else NO_VIDEO)
         decibels = mel_decibels(decode_flac(clip["audio"]), rate_hz)
     except MediaError as error:
         return _Media(caption=str(clip["caption"]), stem=None, problem=str(error))

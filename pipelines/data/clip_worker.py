@@ -48,7 +48,7 @@ class ClipWorker:
             size_px=self._spec.frames_px,
             fit="stretch",
         )
-        self._grids = tuple(dict.fromkeys((self._frames, *self._encoders.grids)))
+        self._grids = () if settings.audio_only else tuple(dict.fromkeys((self._frames, *self._encoders.grids)))
         self._decoder = Decoder(DecodeLimits(timeout_s=settings.timeout_s))
         self._sources = SourceReader()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
@@ -88,7 +88,10 @@ class ClipWorker:
             yield row, current.result
 
     def _load(self, row: Mapping[str, Any]) -> tuple[str, DecodedWindow]:
-        """sha256 of the source and the window; the sound comes from a file of its own where the row names one."""
+        """sha256 of the source and the window; the sound comes from a file of its own where the row names one.
+
+        Without pictures a video whose sound lies in a file of its own is not opened at all.
+        """
         if row["reason"] is not None:
             raise MediaError(row["reason"], row["detail"])
         request = WindowRequest(
@@ -100,13 +103,15 @@ class ClipWorker:
             max_pixels=self._settings.max_pixels,
             max_file_s=self._settings.max_file_s,
         )
-        if row["sound_uri"] is None:
-            with self._sources.open(row["uri"], row["offset"], row["size_bytes"]) as media:
+        file = row["uri"], row["offset"], row["size_bytes"]
+        beside = row["sound_uri"], row["sound_offset"], row["sound_size_bytes"]
+        if row["sound_uri"] is None or self._settings.audio_only:
+            with self._sources.open(*(file if row["sound_uri"] is None else beside)) as media:
                 return media.sha256, self._decoder.decode(media.path, request)
-        with self._sources.open(row["uri"], row["offset"], row["size_bytes"]) as media:
+        with self._sources.open(*file) as media:
             picture = self._decoder.decode(media.path, replace(request, audio_samples=0))
             sha256 = media.sha256
-        with self._sources.open(row["sound_uri"], row["sound_offset"], row["sound_size_bytes"]) as media:
+        with self._sources.open(*beside) as media:
             sound = self._decoder.decode(media.path, replace(request, grids=()))
             sha256 = hashlib.sha256(f"{sha256} {media.sha256}".encode()).hexdigest()
         heard = sound.source
@@ -117,6 +122,7 @@ class ClipWorker:
     def _make_row(self, row: Mapping[str, Any], source_sha256: str, window: DecodedWindow) -> dict[str, Any]:
         wave = wave_of(window, self._spec.sample_rate_hz, self._spec.num_samples)
         frames = dict(zip(self._grids, window.frames, strict=True))
+        pictures = frames.get(self._frames)
         return {
             "clip_id": row["clip_id"],
             "source": row["source"],
@@ -127,10 +133,11 @@ class ClipWorker:
             "split": row["split"],
             "content_hash": content_hash(source_sha256, row["start_s"], self._spec),
             "events": shift_events(row["events"], row["start_s"], self._spec.duration_s),
-            "frames": [encode_jpeg(frame) for frame in frames[self._frames]],
+            "has_video": pictures is not None,
+            "frames": [] if pictures is None else [encode_jpeg(frame) for frame in pictures],
             "audio": encode_flac(wave, self._spec.sample_rate_hz),
             "measures": measure_clip(
-                wave, self._spec.sample_rate_hz, frames[self._frames], self._spec.frames_rate_hz, window.source
+                wave, self._spec.sample_rate_hz, pictures, self._spec.frames_rate_hz, window.source
             ),
             **self._encode(frames, row["caption"], wave),
         }
@@ -138,7 +145,7 @@ class ClipWorker:
     def _encode(self, frames: Mapping[VideoGrid, np.ndarray], caption: str, wave: np.ndarray) -> dict[str, np.ndarray]:
         """Conditions float16 and latents float32 of one clip."""
         try:
-            values = self._encoders.encode(frames, caption)
+            values = self._encoders.encode(frames, caption) if frames else self._encode_words(caption)
             mean, std = self._codec.encode(torch.from_numpy(wave)[None].to(self._device))
         except torch.OutOfMemoryError as error:
             # The machine's fault and not the clip's: a reject would lose it.
@@ -150,6 +157,15 @@ class ClipWorker:
             if not np.isfinite(value).all():
                 raise MediaError("nonfinite", f"{name} is not finite")
         return values
+
+    def _encode_words(self, caption: str) -> dict[str, np.ndarray]:
+        """The conditions of a clip without video: who reads `has_video` takes the nulls for the zeros."""
+        spec = self._spec
+        return {
+            "clip_features": np.zeros((spec.clip_len, spec.clip_dim), np.float16),
+            "sync_features": np.zeros((spec.sync_len, spec.sync_dim), np.float16),
+            "text_features": self._encoders.encode_text(caption),
+        }
 
 
 def frame_grid(grid: VideoGrid, spec: ClipSpec) -> FrameGrid:

@@ -155,9 +155,16 @@ def _entry(name: str, content: bytes) -> dict[str, Any]:
         sha256=hashlib.sha256(content).hexdigest(),
         split=_split(file, name),
         row_groups=tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
+        without_video=_without_video(file),
     )
     row_hashes = json.loads(footer[digest.ROW_HASHES])
     return {"part": vars(part) | {"row_groups": list(part.row_groups)}, "row_hashes": row_hashes}
+
+
+def _without_video(file: pq.ParquetFile) -> int:
+    if "has_video" not in file.schema_arrow.names:
+        return 0
+    return file.read(columns=["has_video"])["has_video"].to_pylist().count(False)
 
 
 def _split(file: pq.ParquetFile, name: str) -> str | None:

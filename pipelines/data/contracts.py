@@ -150,7 +150,7 @@ _CONDITIONS = (
 
 FEATURES = Contract(
     name="features",
-    version=2,
+    version=3,
     key=("clip_id",),
     doc="One row is one clip: its identity, the material SF-CAVP sees, the generator's conditions and target.",
     columns=(
@@ -177,15 +177,21 @@ FEATURES = Contract(
             nullable=True,
         ),
         Column(
+            name="has_video",
+            type=_plain(pa.bool_()),
+            doc="false for sound and words alone: no frames, zeros for `clip_features` and `sync_features`",
+        ),
+        Column(
             name="frames",
             type=_plain(pa.list_(pa.binary())),
-            doc="JPEG frames at 16 fps, square, for SF-CAVP",
+            doc="JPEG frames at 16 fps, square, for SF-CAVP; none where there is no video",
         ),
         Column(name="audio", type=_plain(pa.binary()), doc="FLAC, 16 bit, mono, the codec's rate, exact length"),
         Column(
             name="measures",
             type=_plain(MEASURE_STRUCT),
-            doc="what curation filters by: level, loudness, silence, motion, cuts (see the dataset of measures)",
+            doc="what curation filters by: level, loudness, silence, motion, cuts (see the dataset of measures); "
+            "those of the picture are null without video",
         ),
         *_CONDITIONS,
         Column(name="latent_mean", type=_latent, doc="posterior mean of the codec's latents [N, C]"),
@@ -339,7 +345,8 @@ MEASURES = Contract(
     name="measures",
     version=1,
     key=("clip_id",),
-    doc="One row is one clip of a features dataset with everything it can be filtered by.",
+    doc="One row is one clip of a features dataset with everything it can be filtered by; null of the picture without "
+    "video.",
     columns=(
         _CLIP_ID,
         Column(name="split", type=_plain(pa.string()), doc="split of the clip"),

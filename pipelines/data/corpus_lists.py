@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipelines.data.entries import name_bytes
-from pipelines.data.names import MEDIA_SUFFIXES, SOUND_SUFFIXES, clip_key, escape, suffix_of
+from pipelines.data.names import AUDIO_SUFFIXES, MEDIA_SUFFIXES, clip_key, escape, suffix_of
 from pipelines.data.text_rows import check_header, open_text, text_rows
 from pipelines.errors import InputError
 
@@ -52,7 +52,7 @@ class ListFormat:
 def _plain(name: str) -> str:
     """A file's name or an id -> its stem: of the suffixes only those of media are taken away."""
     suffix = suffix_of(name)
-    return name[: -len(suffix)] if suffix in MEDIA_SUFFIXES | SOUND_SUFFIXES else name
+    return name[: -len(suffix)] if suffix in MEDIA_SUFFIXES | AUDIO_SUFFIXES else name
 
 
 def _clip(stems: Sequence[str], caption: str = "", split: str | None = None) -> ListedClip:

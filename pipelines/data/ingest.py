@@ -31,6 +31,8 @@ class Sources:
     """Lists whose clips are taken out of every split."""
     vggss: str | None = None
     """List of VGG-SS, taken out of the split `test`."""
+    audio_only: bool = False
+    """Take files of sound alone too."""
 
 
 def gather_entries(sources: Sources) -> Entries:
@@ -42,10 +44,19 @@ def gather_entries(sources: Sources) -> Entries:
     """
     if sources.manifest is not None:
         entries = read_entries(
-            sources.manifest, videos=sources.videos, default_split=sources.default_split, follow=sources.follow
+            sources.manifest,
+            videos=sources.videos,
+            default_split=sources.default_split,
+            follow=sources.follow,
+            audio_only=sources.audio_only,
         )
     elif sources.videos is not None:
-        entries = list_videos(sources.videos, follow=sources.follow, default_split=sources.default_split)
+        entries = list_videos(
+            sources.videos,
+            follow=sources.follow,
+            default_split=sources.default_split,
+            audio_only=sources.audio_only,
+        )
     else:
         raise InputError("nothing to process; give --manifest, --videos, or both")
     is_vggsound = any(known.is_vggsound for known in LIST_FORMATS if known.name == entries.kind)
@@ -53,7 +64,12 @@ def gather_entries(sources: Sources) -> Entries:
 
 
 def read_entries(
-    location: str, *, videos: str | None = None, default_split: str = "train", follow: bool = False
+    location: str,
+    *,
+    videos: str | None = None,
+    default_split: str = "train",
+    follow: bool = False,
+    audio_only: bool = False,
 ) -> Entries:
     """Read one of our manifests (csv, tsv, Parquet), or a public corpus's list whose files lie under `videos`.
 
@@ -62,6 +78,7 @@ def read_entries(
         videos: path or URI of the folder of a list's files; our own manifest says itself where they lie.
         default_split: of rows that say none.
         follow: take links that leave `videos`.
+        audio_only: take files of sound alone under `videos` too.
 
     Raises:
         InputError: it is not there, cannot be parsed (with the line), is empty, or lacks `videos`.
@@ -77,7 +94,15 @@ def read_entries(
                     f"{location} is a {kind.name} (no column 'video'); say with --videos where its files lie"
                 )
             clips = read_list(path, location, kind)
-            return locate(clips, kind, location, videos=videos, default_split=default_split, follow=follow)
+            return locate(
+                clips,
+                kind,
+                location,
+                videos=videos,
+                default_split=default_split,
+                follow=follow,
+                audio_only=audio_only,
+            )
         _refuse_videos(location, videos)
         with open_text(path, location) as file:
             return read_text_manifest(file, location, delimiter, base=_folder_of(location), default_split=default_split)

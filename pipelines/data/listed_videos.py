@@ -6,7 +6,15 @@ from typing import NamedTuple
 from pipelines.data.corpus_lists import ListedClip, ListFormat, keys_of
 from pipelines.data.entries import Entries, EntryBuilder, FoundFile, Piece
 from pipelines.data.media_folder import list_files
-from pipelines.data.names import MEDIA_SUFFIXES, SOUND_SUFFIXES, clip_key, escape, start_padded, suffix_of
+from pipelines.data.names import (
+    AUDIO_SUFFIXES,
+    MEDIA_SUFFIXES,
+    SOUND_SUFFIXES,
+    clip_key,
+    escape,
+    start_padded,
+    suffix_of,
+)
 from pipelines.data.storage import open_folder
 from pipelines.errors import InputError
 
@@ -23,7 +31,8 @@ class _Match(NamedTuple):
 class _Shelf:
     """The files of a folder by the clip keys that lists may give them."""
 
-    def __init__(self, files: Iterable[FoundFile]) -> None:
+    def __init__(self, files: Iterable[FoundFile], *, audio_only: bool) -> None:
+        """`audio_only`: a sound with no video beside it is a file of its own."""
         self._media: dict[str, FoundFile] = {}
         self._second: dict[str, FoundFile] = {}
         self._sounds: dict[str, FoundFile] = {}
@@ -33,12 +42,19 @@ class _Shelf:
             if suffix in SOUND_SUFFIXES:
                 # .flac comes before .wav in a listing, and it is lossless too: the first stays.
                 self._sounds.setdefault(file.name[: -len(suffix)], file)
-                continue
-            key = clip_key(file.name)
-            if self._media.setdefault(key, file) is not file:
-                self._second.setdefault(key, file)
-            elif (padded := start_padded(key)) != key:
-                self._padded.setdefault(padded, key)
+            else:
+                self._add(file)
+        if audio_only:
+            claimed = {_without_suffix(file) for file in self._media.values()}
+            for stem in [stem for stem in self._sounds if stem not in claimed]:
+                self._add(self._sounds.pop(stem))
+
+    def _add(self, file: FoundFile) -> None:
+        key = clip_key(file.name)
+        if self._media.setdefault(key, file) is not file:
+            self._second.setdefault(key, file)
+        elif (padded := start_padded(key)) != key:
+            self._padded.setdefault(padded, key)
 
     def find(self, clip: ListedClip) -> _Match | None:
         """The file of a clip; None: there is none."""
@@ -47,13 +63,24 @@ class _Shelf:
             own = next((k for k in (key, padded) if k in self._media), self._padded.get(padded))
             if own is not None:
                 file = self._media[own]
-                sound = self._sounds.get(file.name[: -len(suffix_of(file.name))])
+                sound = self._sounds.get(_without_suffix(file))
                 return _Match(file, sound, self._second.get(own))
         return None
 
 
+def _without_suffix(file: FoundFile) -> str:
+    return file.name[: -len(suffix_of(file.name))]
+
+
 def locate(
-    clips: Iterable[ListedClip], kind: ListFormat, location: str, *, videos: str, default_split: str, follow: bool
+    clips: Iterable[ListedClip],
+    kind: ListFormat,
+    location: str,
+    *,
+    videos: str,
+    default_split: str,
+    follow: bool,
+    audio_only: bool = False,
 ) -> Entries:
     """Entries of the clips of a list whose files lie under `videos`, found by one listing.
 
@@ -67,11 +94,13 @@ def locate(
         videos: path or URI of the folder.
         default_split: of clips whose list says none.
         follow: take links that leave the folder too.
+        audio_only: take files of sound alone too.
 
     Raises:
         InputError: the list or the folder is empty, or none of the clips is there.
     """
-    shelf = _Shelf(list_files(videos, MEDIA_SUFFIXES | SOUND_SUFFIXES, follow=follow))
+    suffixes = MEDIA_SUFFIXES | (AUDIO_SUFFIXES if audio_only else SOUND_SUFFIXES)
+    shelf = _Shelf(list_files(videos, suffixes, follow=follow), audio_only=audio_only)
     base = open_folder(videos).uri
     builder = EntryBuilder()
     for clip in clips:

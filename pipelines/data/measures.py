@@ -27,23 +27,29 @@ STATIC_LEVEL = 2
 """Steps of 255 that the mean of a cell (a sixteenth of a side) may change by compression alone."""
 
 UNKNOWN_SOURCE = SourceFormat()
+NO_PICTURE: dict[str, Any] = dict.fromkeys(("motion", "static_share", "brightness", "num_cuts", "cuts_s"))
+"""The measures of a picture that is not there."""
 
 
 def measure_clip(
-    wave: np.ndarray, rate_hz: int, frames: np.ndarray, frame_rate_hz: float, source: SourceFormat = UNKNOWN_SOURCE
+    wave: np.ndarray,
+    rate_hz: int,
+    frames: np.ndarray | None,
+    frame_rate_hz: float,
+    source: SourceFormat = UNKNOWN_SOURCE,
 ) -> dict[str, Any]:
     """Everything that `contracts.MEASURED` names, of one clip; deterministic.
 
     Args:
         wave: float32 [S] in [-1, 1].
         rate_hz: its rate.
-        frames: uint8 [T, H, W, 3] RGB, T at least 1.
+        frames: uint8 [T, H, W, 3] RGB, T at least 1; None: a clip without video.
         frame_rate_hz: their rate.
         source: what is known of the file.
     """
     return {
         **measure_sound(wave, rate_hz),
-        **measure_picture(frames, frame_rate_hz),
+        **(NO_PICTURE if frames is None else measure_picture(frames, frame_rate_hz)),
         **{f"source_{name}": value for name, value in vars(source).items()},
     }
 

@@ -145,11 +145,13 @@ def probe(file: IO[bytes], max_pixels: int) -> MediaInfo:
     with open_media(file, max_pixels) as container:
         video = next(iter(container.streams.video), None)
         audio = next(iter(container.streams.audio), None)
-        ends = [_stream_end(container, s) for s in (video, audio) if s is not None]
+        ends = [None if s is None else _stream_end(container, s) for s in (video, audio)]
         longest = Fraction(file.seek(0, 2), MIN_BYTES_PER_S)
-        known = [float(min(end, longest)) for end in ends if end is not None]
+        picture_s, sound_s = (None if end is None else float(min(end, longest)) for end in ends)
+        known = [end_s for end_s in (picture_s, sound_s) if end_s is not None]
         return MediaInfo(
             duration_s=min(known) if known else None,
+            sound_s=sound_s,
             has_video=video is not None,
             has_audio=audio is not None,
             width=video.codec_context.width if video is not None else 0,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pipelines.data.entries import Entries, EntryBuilder, FoundFile, Piece
-from pipelines.data.names import MEDIA_SUFFIXES, suffix_of
+from pipelines.data.names import AUDIO_SUFFIXES, MEDIA_SUFFIXES, suffix_of
 from pipelines.data.storage import open_folder
 from pipelines.data.webdataset import COMPRESSED_SUFFIXES, TAR_SUFFIX, add_tars, refuse_compressed
 from pipelines.errors import InputError
@@ -14,13 +14,16 @@ from pipelines.errors import InputError
 KIND = "folder"
 
 
-def list_videos(location: str, *, follow: bool = False, default_split: str = "train") -> Entries:
+def list_videos(
+    location: str, *, follow: bool = False, default_split: str = "train", audio_only: bool = False
+) -> Entries:
     """All media files under a folder, by suffix, recursively, and the members of its tars; or those of one tar.
 
     Args:
         location: path or URI of a folder or of an uncompressed .tar.
         follow: take links that leave the folder too, and go into linked folders.
         default_split: of what says none.
+        audio_only: files of sound alone are media too.
 
     Raises:
         InputError: no such folder or tar, or no media file in it.
@@ -32,18 +35,19 @@ def list_videos(location: str, *, follow: bool = False, default_split: str = "tr
         refuse_compressed([name])
         if open_folder(parent).size_bytes(name) is None:
             raise InputError(f"--videos {location} does not exist or is not a file")
-        add_tars(builder, open_folder(parent), [FoundFile(name, place, None)], default_split)
+        add_tars(builder, open_folder(parent), [FoundFile(name, place, None)], default_split, audio_only)
         return builder.finish(kind=KIND, location=location)
-    found = list(list_files(location, MEDIA_SUFFIXES | COMPRESSED_SUFFIXES | {TAR_SUFFIX}, follow=follow))
+    suffixes = MEDIA_SUFFIXES | AUDIO_SUFFIXES if audio_only else MEDIA_SUFFIXES
+    found = list(list_files(location, suffixes | COMPRESSED_SUFFIXES | {TAR_SUFFIX}, follow=follow))
     tars = [file for file in found if suffix_of(file.name) == TAR_SUFFIX]
-    media = [file for file in found if suffix_of(file.name) in MEDIA_SUFFIXES]
+    media = [file for file in found if suffix_of(file.name) in suffixes]
     if tars or not media:
         # Beside loose files it is an archive of whatever kind; among shards, or alone, it is a part of the corpus.
         refuse_compressed([file.name for file in found])
     for name, uri, problem in media:
         builder.add(line=0, video=name, piece=Piece(uri), split=default_split, problem=problem)
     if tars:
-        add_tars(builder, open_folder(location), tars, default_split)
+        add_tars(builder, open_folder(location), tars, default_split, audio_only)
     return builder.finish(kind=KIND, location=location)
 
 

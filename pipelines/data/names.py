@@ -10,6 +10,9 @@ import unicodedata
 
 MEDIA_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})
 SOUND_SUFFIXES = frozenset({".wav", ".flac"})
+"""Of files that may hold the sound of the video beside them."""
+AUDIO_SUFFIXES = SOUND_SUFFIXES | {".mp3", ".ogg", ".oga", ".opus", ".m4a"}
+"""Of files that hold sound alone."""
 MAX_KEY_BYTES = 1024
 """Of an object's name on S3."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|subfile,")

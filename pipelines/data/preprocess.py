@@ -112,7 +112,10 @@ def _plan(out: str, entries: Entries, settings: PreprocessSettings, pool: Pool) 
         surveyed = survey_files(
             files_to_survey(entries),
             SurveySettings(
-                scenes=settings.windows == "scenes", max_pixels=settings.max_pixels, timeout_s=settings.timeout_s
+                scenes=settings.windows == "scenes",
+                max_pixels=settings.max_pixels,
+                timeout_s=settings.timeout_s,
+                audio_only=settings.audio_only,
             ),
             settings.clip_spec,
             out=f"{out}/{SURVEY_FOLDER}",

@@ -20,6 +20,8 @@ class PreprocessSettings:
     encoders: str
     windows: WindowChoice = "first"
     hop_s: float | None = None
+    audio_only: bool = False
+    """Rows of sound and words: the picture of a file, if it has one, is not looked at."""
     max_pixels: int = 4096 * 2304
     max_file_s: float | None = None
     """Length of a file from which it is `too_long`; None: any."""
@@ -31,6 +33,8 @@ class PreprocessSettings:
     def __post_init__(self) -> None:
         if self.spec not in SPECS:
             raise InputError(f"no clip spec '{self.spec}'; known are {', '.join(SPECS)}")
+        if self.audio_only and self.windows == "scenes":
+            raise InputError("--windows scenes looks for cuts in the picture, which --audio-only leaves unseen")
 
     @property
     def clip_spec(self) -> ClipSpec:
@@ -44,6 +48,7 @@ class PreprocessSettings:
             "encoders": self.encoders,
             "windows": self.windows,
             "hop_s": None if self.windows == "first" else self.hop_s,
+            "audio_only": self.audio_only,
             "max_pixels": self.max_pixels,
             "max_file_s": self.max_file_s,
             "method": METHOD,

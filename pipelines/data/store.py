@@ -37,6 +37,8 @@ class Part:
     sha256: str
     split: str | None
     row_groups: tuple[int, ...]
+    without_video: int = 0
+    """Of its rows those of sound and words alone."""
 
 
 def encode_part(table: pa.Table, contract: Contract, spec: ClipSpec) -> bytes:
@@ -143,6 +145,10 @@ class Dataset:
     def num_rows(self, split: str | None = None) -> int:
         """Rows of one split, or of all."""
         return sum(p.rows for p in self.parts if split in (None, p.split))
+
+    def num_without_video(self, split: str | None = None) -> int:
+        """Rows of one split, or of all, that are sound and words alone."""
+        return sum(p.without_video for p in self.parts if split in (None, p.split))
 
     @property
     def splits(self) -> dict[str, int]:

@@ -64,6 +64,8 @@ class SurveySettings:
     max_pixels: int
     timeout_s: float
     """Of one piece of a file."""
+    audio_only: bool = False
+    """A file is as long as its sound."""
 
 
 def survey_files(
@@ -128,7 +130,7 @@ class SurveyWorker:
             with self._sources.open(row["uri"], row["offset"], row["size_bytes"]) as media:
                 info = self._decoder.probe(media.path, self._settings.max_pixels)
                 facts = FileFacts(
-                    length_s=info.duration_s,
+                    length_s=info.sound_s if self._settings.audio_only else info.duration_s,
                     width=info.width if info.has_video else None,
                     height=info.height if info.has_video else None,
                     cuts_s=None,

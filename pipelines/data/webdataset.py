@@ -16,7 +16,7 @@ from typing import Any
 
 from pipelines.data.entries import EntryBuilder, FoundFile, Piece
 from pipelines.data.manifest import parse_caption, parse_events, parse_seconds, parse_split
-from pipelines.data.names import MEDIA_SUFFIXES, SOUND_SUFFIXES, suffix_of
+from pipelines.data.names import AUDIO_SUFFIXES, MEDIA_SUFFIXES, SOUND_SUFFIXES, suffix_of
 from pipelines.data.storage import Folder
 from pipelines.errors import EnvironmentFailed, InputError
 
@@ -49,6 +49,7 @@ class _Member:
 class _Scan:
     """What the headers of one tar say."""
 
+    media_suffixes: frozenset[str] = MEDIA_SUFFIXES
     media: dict[str, _Member] = field(default_factory=dict)
     beside: dict[tuple[str, str], _Member] = field(default_factory=dict)
     """By name without suffix and suffix."""
@@ -77,7 +78,9 @@ def refuse_compressed(names: Sequence[str]) -> None:
             raise InputError(f"{name} is compressed, so that no member can be read by itself; unpack it to a .tar")
 
 
-def add_tars(builder: EntryBuilder, folder: Folder, tars: Sequence[FoundFile], default_split: str) -> None:
+def add_tars(
+    builder: EntryBuilder, folder: Folder, tars: Sequence[FoundFile], default_split: str, audio_only: bool = False
+) -> None:
     """Add the media members of tars: several tars at a time, rows in the order of `tars` and of their members.
 
     Args:
@@ -85,22 +88,23 @@ def add_tars(builder: EntryBuilder, folder: Folder, tars: Sequence[FoundFile], d
         folder: where the tars lie.
         tars: their names in the folder and their URIs; one with a problem becomes a reject.
         default_split: of members whose .json says none.
+        audio_only: members of sound alone are media too; .wav and .flac only with no video beside them.
 
     Raises:
         InputError: a tar is compressed.
         EnvironmentFailed: storage fails after retries.
     """
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for rows in pool.map(lambda tar: list(_tar_rows(folder, tar, default_split)), tars):
+        for rows in pool.map(lambda tar: list(_tar_rows(folder, tar, default_split, audio_only)), tars):
             for row in rows:
                 builder.add(**row)
 
 
-def _tar_rows(folder: Folder, tar: FoundFile, default_split: str) -> Iterator[dict[str, Any]]:
+def _tar_rows(folder: Folder, tar: FoundFile, default_split: str, audio_only: bool) -> Iterator[dict[str, Any]]:
     """Arguments of `EntryBuilder.add` for every media member of a tar, and for what is lost of it."""
     scan = _Scan(problem=tar.problem)
     if tar.problem is None:
-        scan = _scan_tar(folder, tar.name)
+        scan = _scan_tar(folder, tar.name, audio_only)
     for member in scan.media.values():
         yield {
             "line": 0,
@@ -121,21 +125,28 @@ def _tar_rows(folder: Folder, tar: FoundFile, default_split: str) -> Iterator[di
         }
 
 
-def _scan_tar(folder: Folder, name: str) -> _Scan:
+def _scan_tar(folder: Folder, name: str, audio_only: bool) -> _Scan:
     try:
         if folder.is_local:
             # Python's own file: Arrow cannot say a name that is not UTF-8.
             with _HeaderReader(io.FileIO(f"{folder.path}/{name}"), BUFFER_BYTES) as file:
-                return _scan(file, name)
-        return folder.use_file(name, lambda file: _scan(_HeaderReader(file, BUFFER_BYTES), name))  # pyright: ignore[reportArgumentType]
+                return _scan(file, name, audio_only)
+        return folder.use_file(name, lambda file: _scan(_HeaderReader(file, BUFFER_BYTES), name, audio_only))  # pyright: ignore[reportArgumentType]
     except FileNotFoundError:
         return _Scan(problem=("missing", "the tar is gone"))
     except OSError as error:
         raise EnvironmentFailed(f"{folder.uri}/{name}: {error}; run the same command again") from error
 
 
-def _scan(file: _HeaderReader, name: str) -> _Scan:
-    scan = _Scan()
+def _scan(file: _HeaderReader, name: str, audio_only: bool) -> _Scan:
+    scan = _scan_members(file, name, audio_only)
+    if audio_only:
+        _take_sounds_alone(scan)
+    return scan
+
+
+def _scan_members(file: _HeaderReader, name: str, audio_only: bool) -> _Scan:
+    scan = _Scan(media_suffixes=MEDIA_SUFFIXES | (AUDIO_SUFFIXES - SOUND_SUFFIXES) if audio_only else MEDIA_SUFFIXES)
     total_bytes = file.seek(0, io.SEEK_END)
     file.seek(0)
     start = file.read(min(_BLOCK_BYTES, total_bytes))
@@ -173,7 +184,7 @@ def _scan(file: _HeaderReader, name: str) -> _Scan:
 def _take(scan: _Scan, file: _HeaderReader, info: tarfile.TarInfo, total_bytes: int) -> None:
     """File one member under its name; of captions and descriptions the content too."""
     suffix = suffix_of(info.name)
-    is_media = suffix in MEDIA_SUFFIXES
+    is_media = suffix in scan.media_suffixes
     cut_bytes = info.offset_data + info.size - total_bytes if info.isreg() else 0
     if cut_bytes > 0 and not is_media:
         scan.problem = ("truncated", f"the tar ends {cut_bytes} bytes before the end of '{info.name}'")
@@ -193,6 +204,25 @@ def _take(scan: _Scan, file: _HeaderReader, info: tarfile.TarInfo, total_bytes: 
         known = scan.beside.setdefault((name[: -len(suffix)], suffix), member)
     if known is not member:
         known.problem = known.problem or ("bad_uri", _TWICE_DETAIL)
+
+
+def _take_sounds_alone(scan: _Scan) -> None:
+    """Sounds with no video beside them become media; of one stem the one that a video would have taken."""
+    claimed = {stem for name in scan.media for stem in _stems_beside(name)}
+    taken: set[str] = set()
+    for suffix in sorted(SOUND_SUFFIXES, reverse=True):
+        for stem in [stem for stem, found in scan.beside if found == suffix and stem not in claimed]:
+            member = scan.beside.pop((stem, suffix))
+            if stem not in taken:
+                scan.media[member.name] = member
+                taken.add(stem)
+
+
+def _stems_beside(name: str) -> tuple[str, str]:
+    """How what lies beside a member may be called: its name without the last suffix, then WebDataset's key."""
+    # An id may hold dots itself.
+    folder, slash, base = name.rpartition("/")
+    return name[: -len(suffix_of(name))], f"{folder}{slash}{base.partition('.')[0]}"
 
 
 def _leaves(name: str) -> bool:
@@ -215,9 +245,7 @@ def _described(member: _Member, scan: _Scan, uri: str, default_split: str) -> di
     """Caption, split, times, sound and problem of a media member, from what lies beside it."""
 
     def beside(suffix: str) -> _Member | None:
-        # An id may hold dots itself: first the name without its last suffix, then WebDataset's key.
-        folder, slash, base = member.name.rpartition("/")
-        names = (member.name[: -len(suffix_of(member.name))], f"{folder}{slash}{base.partition('.')[0]}")
+        names = _stems_beside(member.name)
         return next((scan.beside[name, suffix] for name in names if (name, suffix) in scan.beside), None)
 
     text, description = beside(".txt"), beside(".json")

@@ -80,6 +80,8 @@ class MediaInfo:
 
     duration_s: float | None
     """From the first time stamp to where the shorter of picture and sound ends; None when the file does not say."""
+    sound_s: float | None
+    """The same of the sound alone; None also where there is none."""
     has_video: bool
     has_audio: bool
     width: int

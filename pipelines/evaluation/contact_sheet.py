@@ -15,13 +15,13 @@ from pipelines.data.store import Dataset
 from pipelines.evaluation.shown_clips import choose_clips, read_clips
 from pipelines.evaluation.spectrogram import RANGE_DB, mel_decibels
 
-COLUMNS = ("clip_id", "caption", "split", "events", "frames", "audio", "duration_s", "valid_s")
+COLUMNS = ("clip_id", "caption", "split", "events", "has_video", "frames", "audio", "duration_s", "valid_s")
 STRIP_FRAMES = 10
 CLIP_INCHES = (10.0, 1.9)
 
 
 def contact_sheet(dataset: Dataset, num_clips: int, clip_ids: Sequence[str] = ()) -> bytes:
-    """PNG of `num_clips` clips, those asked for first, the others by a hash of their ids.
+    """PNG of `num_clips` clips, those asked for first, the others by a hash of their ids; of some there is sound alone.
 
     Raises:
         InputError: a clip is not in the dataset.
@@ -42,9 +42,12 @@ def contact_sheet(dataset: Dataset, num_clips: int, clip_ids: Sequence[str] = ()
 
 def _draw(strip: Any, spectrum: Any, row: Mapping[str, Any], rate_hz: int) -> None:
     duration_s = row["duration_s"]
-    frames = decode_frames(row["frames"])
-    shown = frames[np.linspace(0, len(frames) - 1, STRIP_FRAMES).round().astype(int)]
-    strip.imshow(np.concatenate(list(shown), axis=1), aspect="auto", extent=(0, duration_s, 0, 1))
+    if row["has_video"]:
+        frames = decode_frames(row["frames"])
+        shown = frames[np.linspace(0, len(frames) - 1, STRIP_FRAMES).round().astype(int)]
+        strip.imshow(np.concatenate(list(shown), axis=1), aspect="auto", extent=(0, duration_s, 0, 1))
+    else:
+        strip.text(0.5, 0.5, "no video", ha="center", va="center", transform=strip.transAxes)
     strip.set_yticks([])
     strip.set_xticks([])
     strip.set_title(_title(row), fontsize=8, loc="left", parse_math=False)

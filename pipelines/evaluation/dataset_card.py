@@ -29,7 +29,7 @@ def dataset_card(location: str) -> str:
         ("rejects", _rejects(dataset)),
     ]
     if dataset.contract.name == FEATURES.name:
-        lines += _captions(dataset)
+        lines += [("without video", f"{dataset.num_without_video()} rows"), *_captions(dataset)]
     lines += [
         ("digest", dataset.digest),
         ("fingerprint", dataset.fingerprint),

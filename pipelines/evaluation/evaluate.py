@@ -18,6 +18,7 @@ from models.spec import SPECS, ClipSpec
 from models.weights import load_config
 from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, SCORES
+from pipelines.data.pictures import require_pictures
 from pipelines.data.store import CHECKPOINT, Dataset, open_files, read_manifest
 from pipelines.data.units import ListedUnits, Pool, run_units
 from pipelines.errors import InputError, Refused
@@ -95,6 +96,7 @@ def evaluate(
         Refused: too many clips were rejected; the dataset is there to be looked at.
     """
     features = Dataset.open(inputs.features, FEATURES)
+    require_pictures(features, (settings.split,), "the reward")
     fingerprints = {"features": features.fingerprint, "reward": open_files(inputs.reward, CHECKPOINT)[1]["fingerprint"]}
     if settings.needs_policy:
         fingerprints["policy"] = _check_policy(inputs.policy, features)

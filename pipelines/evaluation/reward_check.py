@@ -15,6 +15,7 @@ import torch
 
 from models.reward import Reward
 from pipelines.data.contracts import FEATURES
+from pipelines.data.pictures import require_pictures
 from pipelines.data.store import CHECKPOINT, Dataset, files_manifest, open_files, read_manifest
 from pipelines.errors import InputError
 from pipelines.evaluation.evaluate import read_scores
@@ -58,6 +59,7 @@ def check_reward(
             candidate a clip.
     """
     features = Dataset.open(inputs.features, FEATURES)
+    require_pictures(features, (split,), "the reward")
     reward_folder, reward_manifest = open_files(inputs.reward, CHECKPOINT)
     fingerprints = {"features": features.fingerprint, "reward": reward_manifest["fingerprint"]}
     for name, place in (("scores", inputs.scores), ("truth_scores", inputs.truth_scores)):

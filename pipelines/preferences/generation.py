@@ -24,6 +24,7 @@ from models.spec import SPECS, ClipSpec
 from models.weights import load_config
 from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, PAIRS
+from pipelines.data.pictures import require_pictures
 from pipelines.data.store import CHECKPOINT, Dataset, open_files, read_manifest
 from pipelines.data.units import ListedUnits, Pool, Unit, run_units
 from pipelines.errors import InputError, Refused
@@ -144,6 +145,7 @@ def check_inputs(inputs: PairInputs, features: Dataset) -> dict[str, str]:
             f"{inputs.features} has no clips of split '{inputs.split}', only {features.splits}; name the one to use "
             f"with --split (with --split train the reward ranks clips it was trained on, which the manifest records)"
         )
+    require_pictures(features, (inputs.split,), "the reward")
     policy_folder, policy = open_files(inputs.policy, CHECKPOINT, only=POLICY_FILES)
     reward_folder, reward = open_files(inputs.reward, CHECKPOINT)
     try:

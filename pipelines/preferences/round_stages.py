@@ -9,6 +9,7 @@ from typing import Any
 from models.preference import PreferenceLossConfig
 from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, SCORES
+from pipelines.data.pictures import require_pictures
 from pipelines.data.store import Dataset, files_manifest, open_files, read_manifest
 from pipelines.data.units import Pool
 from pipelines.errors import InputError, Refused
@@ -276,6 +277,7 @@ def check_launch(inputs: PairInputs, settings: RoundSettings) -> dict[str, str]:
             f"{inputs.features} has no clips of split '{held_out}' for the gate, only {features.splits}; "
             "name one with --eval-split"
         )
+    require_pictures(features, (held_out,), "the gate")
     if held_out == inputs.split:
         raise InputError(f"--eval-split and --split are both '{held_out}': the gate must see clips held out from pairs")
     return fingerprints

@@ -18,54 +18,65 @@ import torch
 from pipelines.data.contracts import CONTRACTS
 from pipelines.data.store import Dataset, Part
 from pipelines.errors import InputError
-from pipelines.training.objective import Batch, DataRef, Draws
-from pipelines.training.order import BatchPlan, GlobalOrder
+from pipelines.training.objective import Batch, Data, DataRef, Draws
+from pipelines.training.order import WINDOW, BatchPlan, GlobalOrder, MixedOrder, Order
 
 CACHE_BYTES = 2**30
+"""Row groups that are kept; of several datasets at least what the windows of all hold, or each would be read again and
+again."""
 PREFETCHED_BATCHES = 4
 SAMPLE_ROWS = 2
 """Of a batch that is made for its shapes alone: losses over a batch need more than one row."""
 
 
-class RowGroups:
-    """Random access to the row groups of one split, projected to a few columns."""
+@dataclass(frozen=True)
+class _Group:
+    """A row group of one of the datasets."""
 
-    def __init__(self, data: DataRef, columns: tuple[str, ...]) -> None:
-        self._dataset = Dataset.open(data.location, CONTRACTS[data.contract])
+    dataset: Dataset
+    part: Part
+    index: int
+    kept: np.ndarray | None
+    """The rows that are used, int64; None: all."""
+
+    @property
+    def size(self) -> int:
+        return self.part.row_groups[self.index] if self.kept is None else len(self.kept)
+
+    def read(self, columns: tuple[str, ...]) -> pa.Table:
+        table = self.dataset.read_row_group(self.part, self.index, columns)
+        return table if self.kept is None else table.take(pa.array(self.kept))
+
+
+class RowGroups:
+    """Random access to the row groups of one split of one or several datasets, projected to a few columns."""
+
+    def __init__(self, data: Data, columns: tuple[str, ...]) -> None:
         self._columns = columns
-        self._groups: list[tuple[Part, int]] = [
-            (part, index)
-            for part in self._dataset.parts
-            if data.split in (None, part.split)
-            for index in range(len(part.row_groups))
-        ]
-        self._kept = self._rows_to_keep(data.keep_column)
-        if sum(self.sizes) == 0:
-            raise InputError(
-                f"{data.location} has no row to use (split {data.split}, {data.keep_column or 'all rows'}); "
-                f"it has {self._dataset.splits}"
-            )
+        members, self._weights = ((data,), (1,)) if isinstance(data, DataRef) else (data.members, data.weights)
+        self._by_dataset = [_groups_of(member) for member in members]
+        self._groups = [group for groups in self._by_dataset for group in groups]
+        self._largest_bytes = 0
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._cached_bytes = 0
         self._read_bytes, self._read_rows = 0, 0
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Rows of each group that are used, in the manifest's order."""
-        if self._kept is not None:
-            return tuple(len(rows) for rows in self._kept)
-        return tuple(part.row_groups[index] for part, index in self._groups)
+        """Rows of each group that are used, in the manifest's order, one dataset after the other."""
+        return tuple(group.size for group in self._groups)
+
+    def order(self, seed: int) -> GlobalOrder | MixedOrder:
+        """Return the order in which a training with `seed` sees the rows."""
+        if len(self._by_dataset) == 1:
+            return GlobalOrder(self.sizes, seed)
+        sizes = tuple(tuple(group.size for group in groups) for groups in self._by_dataset)
+        return MixedOrder(sizes, self._weights, seed)
 
     @property
     def row_bytes(self) -> float:
         """Mean bytes of a row's columns as they lie in memory, over the row groups read so far; NaN before any."""
         return self._read_bytes / self._read_rows if self._read_rows else math.nan
-
-    def _rows_to_keep(self, column: str | None) -> list[np.ndarray] | None:
-        if column is None:
-            return None
-        tables = (self._dataset.read_row_group(part, index, [column]) for part, index in self._groups)
-        return [np.flatnonzero(table[column].to_numpy()) for table in tables]
 
     def take(self, places: np.ndarray) -> pa.Table:
         """Return the rows at `places`, int64 [n, 2] of (group, row), in that order."""
@@ -83,18 +94,47 @@ class RowGroups:
         if group in self._cache:
             self._cache.move_to_end(group)
             return self._cache[group]
-        part, index = self._groups[group]
-        table = self._dataset.read_row_group(part, index, self._columns)
-        if self._kept is not None:
-            table = table.take(pa.array(self._kept[group]))
+        table = self._groups[group].read(self._columns)
+        self._largest_bytes = max(self._largest_bytes, table.nbytes)
         self._read_bytes += table.nbytes
         self._read_rows += table.num_rows
         self._cache[group] = table
         self._cached_bytes += table.nbytes
-        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
             _, oldest = self._cache.popitem(last=False)
             self._cached_bytes -= oldest.nbytes
         return table
+
+    @property
+    def _cache_bytes(self) -> int:
+        num_datasets = len(self._by_dataset)
+        if num_datasets == 1:
+            return CACHE_BYTES
+        return max(CACHE_BYTES, num_datasets * (WINDOW + 1) * self._largest_bytes)
+
+
+def _groups_of(data: DataRef) -> list[_Group]:
+    """The row groups of one dataset's split.
+
+    Raises:
+        InputError: no row of it is to be used.
+    """
+    dataset = Dataset.open(data.location, CONTRACTS[data.contract])
+    groups = []
+    for part in dataset.parts:
+        if data.split in (None, part.split):
+            for index in range(len(part.row_groups)):
+                kept = None
+                if data.keep_column is not None:
+                    flags = dataset.read_row_group(part, index, [data.keep_column])[data.keep_column]
+                    kept = np.flatnonzero(flags.to_numpy())
+                groups.append(_Group(dataset, part, index, kept))
+    if sum(group.size for group in groups) == 0:
+        raise InputError(
+            f"{data.location} has no row to use (split {data.split}, {data.keep_column or 'all rows'}); "
+            f"it has {dataset.splits}"
+        )
+    return groups
 
 
 Collate = Callable[[pa.Table, Draws], Batch]
@@ -105,7 +145,7 @@ class BatchSource:
     """Everything that fixes the batches of one rank."""
 
     groups: RowGroups
-    order: GlobalOrder
+    order: Order
     plan: BatchPlan
     rank: int
     seed: int
@@ -119,18 +159,11 @@ class BatchSource:
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """Yield the micro batches of steps [first_step, last_step), `accumulation` a step."""
-        known = -1, np.empty((0, 2), np.int64)
+        find = self.order.finder()
         for step in range(first_step, last_step):
             for positions in self.plan.positions(step, self.rank):
-                places = np.empty((len(positions), 2), np.int64)
-                epochs, rows = np.divmod(positions, self.order.num_rows)
-                for epoch in np.unique(epochs):
-                    if known[0] != epoch:
-                        known = int(epoch), self.order.epoch(int(epoch))
-                    chosen = epochs == epoch
-                    places[chosen] = known[1][rows[chosen]]
                 draws = Draws(self.seed, "training", tuple(int(position) for position in positions))
-                yield self.collate(self.groups.take(places), draws)
+                yield self.collate(self.groups.take(find(positions)), draws)
 
 
 def validation_batches(groups: RowGroups, plan: BatchPlan, rank: int, seed: int, collate: Collate) -> Iterator[Batch]:

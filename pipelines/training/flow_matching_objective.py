@@ -1,7 +1,8 @@
 """Conditional flow matching of a policy on real sound: how M_0 comes to be.
 
 Every step draws, for each sample by its position: a fresh latent from the codec's posterior, noise, a time, and which
-conditions are dropped. Validation uses fixed draws and never drops a condition.
+conditions are dropped. Validation uses fixed draws and never drops a condition. A row without video has the learned
+nulls for clip and sync, always: it is a row whose video is dropped, whatever stands in its columns.
 """
 
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from models.policy import Policy
 from pipelines.data.contracts import FEATURES
 from pipelines.data.store import Dataset
 from pipelines.data.tables import column_to_numpy
-from pipelines.training.objective import Batch, DataRef, Draws, Exported, Gather, Trainee
+from pipelines.training.objective import Batch, Data, DataMix, DataRef, Draws, Exported, Gather, Trainee
 from pipelines.training.options import Execution, LoRA
 
 CONDITIONS = ("clip_features", "sync_features", "text_features")
+TENSORS = (*CONDITIONS, "latent_mean", "latent_std")
 
 
 def tensor(rows: pa.Table, column: str) -> Tensor:
@@ -93,11 +95,23 @@ class FlowMatchingTrainee(Trainee):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixMember:
+    """A dataset of features that is mixed with others."""
+
+    features: str
+    weight: int
+    """Uses in a block of the sum of all weights."""
+    has_validation: bool
+    """Whether it has rows of the split to validate on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlowMatchingObjective:
     """Train the policy that lies at `start` (weights and fitted transform) by flow matching."""
 
     start: str
-    features: str
+    features: str | tuple[MixMember, ...]
+    """The dataset to train on, or those that are mixed."""
     size: str
     train_split: str = "train"
     val_split: str | None = "val"
@@ -108,33 +122,51 @@ class FlowMatchingObjective:
     execution: Execution = field(default_factory=Execution)
 
     name = "flow_matching"
-    columns = (*CONDITIONS, "latent_mean", "latent_std")
+    columns = (*TENSORS, "has_video")
     probe_every = 0
     loss_is_mean = True
     stop_on_alarm = False
 
     @property
-    def training_data(self) -> DataRef:
+    def training_data(self) -> Data:
         """Rows to train on."""
-        return DataRef(location=self.features, contract=FEATURES.name, split=self.train_split)
+        return self._data(self.train_split, self.features)
 
     @property
-    def validation_data(self) -> DataRef | None:
-        """Rows to validate on."""
+    def validation_data(self) -> Data | None:
+        """Rows to validate on: of all datasets that have some, one after the other."""
         if self.val_split is None:
             return None
-        return DataRef(location=self.features, contract=FEATURES.name, split=self.val_split)
+        held_out = self.features
+        if not isinstance(held_out, str):
+            held_out = tuple(member for member in held_out if member.has_validation)
+        return self._data(self.val_split, held_out)
+
+    def _data(self, split: str, features: str | tuple[MixMember, ...]) -> Data:
+        def ref(location: str) -> DataRef:
+            return DataRef(location=location, contract=FEATURES.name, split=split)
+
+        if isinstance(features, str):
+            return ref(features)
+        return DataMix(
+            members=tuple(ref(member.features) for member in features),
+            weights=tuple(member.weight for member in features),
+        )
 
     def build(self, device: torch.device) -> Trainee:
         """Load the starting policy."""
         return FlowMatchingTrainee(load_for_training(self.start, device, self.lora, self.lora_seed, self.execution))
 
     def collate(self, rows: pa.Table, draws: Draws) -> Batch:
-        """Conditions, a latent drawn from the codec's posterior, and the draws of flow matching."""
+        """Conditions, a latent drawn from the codec's posterior, and the draws of flow matching.
+
+        Where there is no video, its features are dropped, in validation too.
+        """
         config = SIZES[self.size]
         mean, std = tensor(rows, "latent_mean"), tensor(rows, "latent_std")
         batch = {name: tensor(rows, name) for name in CONDITIONS}
         batch |= flow_draws(draws, (mean.shape[1], config.latent_dim), drop=draws.stream == "training")
+        batch["drop_video"] |= ~_has_video(rows)
         if bool((std > 0).any()):
             posterior = Draws(draws.seed, "posterior", draws.positions).generators()
             mean = mean + std * torch.stack([torch.randn(mean.shape[1:], generator=own) for own in posterior])
@@ -147,13 +179,24 @@ class FlowMatchingObjective:
         return Exported(trainee.policy.save(folder), {})
 
 
+def _has_video(rows: pa.Table) -> Tensor:
+    """Bool [B]."""
+    return torch.tensor(rows["has_video"].to_pylist(), dtype=torch.bool)
+
+
 def fit_starting_policy(size: str, seed: int, features: str, split: str, folder: Path) -> None:
-    """Write a fresh policy with weights from `seed` and statistics fitted on a split, one row group at a time."""
+    """Write a fresh policy with weights from `seed` and statistics fitted on a split, one row group at a time.
+
+    Statistics of conditions are those of the rows with video. Of several datasets `features` is the first: what its
+    latents are standardised by stays, whatever is mixed in (MMAudio's are VGGSound's), and it is its clips that the
+    rounds go on with.
+    """
     dataset = Dataset.open(features, FEATURES)
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for rows in dataset.iter_row_groups(("latent_mean", "clip_features", "sync_features"), split):
-            yield tensor(rows, "latent_mean"), tensor(rows, "clip_features"), tensor(rows, "sync_features")
+        for rows in dataset.iter_row_groups(("latent_mean", "clip_features", "sync_features", "has_video"), split):
+            seen = _has_video(rows)
+            yield tensor(rows, "latent_mean"), tensor(rows, "clip_features")[seen], tensor(rows, "sync_features")[seen]
 
     policy = Policy.create(size, seed)
     policy.fit_statistics(batches())

@@ -35,7 +35,6 @@ from pipelines.training.guards import GRAD_NORM, LOSS, SpikeGuard
 from pipelines.training.journal import Journal
 from pipelines.training.objective import Batch, Objective
 from pipelines.training.options import TrainingOptions
-from pipelines.training.order import GlobalOrder
 from pipelines.training.preflight import check_machine
 from pipelines.training.snapshots import Snapshots
 from pipelines.training.timing import StepClock, StepMeter
@@ -150,7 +149,7 @@ class _Run:
         self.validation = Validation(self.objective, self.plan, self.options.seed, world)
         self.source = BatchSource(
             groups=self.groups,
-            order=GlobalOrder(self.groups.sizes, self.options.seed),
+            order=self.groups.order(self.options.seed),
             plan=self.plan,
             rank=world.rank,
             seed=self.options.seed,
@@ -352,7 +351,7 @@ class _Run:
     def _micro_batches(self, first: int) -> Iterator[Batch]:
         """Yield the micro batches from step `first` to the last, each stretch of steps in its own order."""
         for start, end, number in self.adjustments.segments(first, self.options.steps):
-            order = replace(self.source.order, seed=order_seed(self.options.seed, number))
+            order = self.groups.order(order_seed(self.options.seed, number))
             yield from replace(self.source, order=order).micro_batches(start, end)
 
     def _is_sound(self) -> bool:

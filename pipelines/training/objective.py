@@ -57,6 +57,18 @@ class DataRef:
     """A boolean column; rows where it is false are left out."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataMix:
+    """Rows of several datasets of one contract, in the given shares."""
+
+    members: tuple[DataRef, ...]
+    weights: tuple[int, ...]
+    """Of each member, at least 1: how often it comes in sum(weights) samples."""
+
+
+Data = DataRef | DataMix
+
+
 class Trainee(nn.Module, ABC):
     """A network and its loss as one module, so that ZeRO-3 sees every use of a parameter inside `forward`.
 
@@ -113,12 +125,12 @@ class Objective(Protocol):
         ...
 
     @property
-    def training_data(self) -> DataRef:
+    def training_data(self) -> Data:
         """Rows to train on."""
         ...
 
     @property
-    def validation_data(self) -> DataRef | None:
+    def validation_data(self) -> Data | None:
         """Rows to validate on, or None."""
         ...
 

@@ -6,7 +6,7 @@ Once the manifest names the exported files, the checkpoints and the start are of
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,10 @@ from models.mmdit import SIZES, SPEC_OF_SIZE
 from models.policy import CONFIG_FILE, KIND, POLICY_FILES
 from models.preference import PreferenceLossConfig
 from models.sf_cavp import SF_CAVP_SIZES
-from models.spec import SPECS
 from models.weights import load_config
 from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, PAIRS
-from pipelines.data.sample_bytes import sample_bytes
+from pipelines.data.pictures import require_pictures
 from pipelines.data.store import CHECKPOINT, Dataset, files_manifest, open_files
 from pipelines.errors import InputError
 from pipelines.frozen import FrozenNetworks, open_codec
@@ -28,9 +27,11 @@ from pipelines.progress import Progress
 from pipelines.stage import Outcome, StageContext, run_stage, stage_run
 from pipelines.tracking import Tracker
 from pipelines.training.flow_matching_objective import FlowMatchingObjective, fit_starting_policy
+from pipelines.training.inputs import check_spec, check_split
 from pipelines.training.journal import read_journal
 from pipelines.training.launch import fit
 from pipelines.training.loop import CHECKPOINTS, JOURNAL, TrainingOrder, TrainingResult
+from pipelines.training.mixture import Mixture, open_mixture
 from pipelines.training.objective import Objective
 from pipelines.training.options import Execution, LoRA, TrainingOptions
 from pipelines.training.preference_objective import Kind, PreferenceObjective
@@ -81,7 +82,8 @@ def train_sf_cavp(
         raise InputError(f"--size {size}: known sizes are {', '.join(SF_CAVP_SIZES)}")
     dataset = Dataset.open(features, FEATURES)
     for split in (train_split, val_split):
-        _check_split(dataset, split, features)
+        check_split(dataset, split, features)
+    require_pictures(dataset, (train_split, val_split), "SF-CAVP")
     codec = FrozenNetworks()
     if codec_share > 0:
         codec = open_codec(weights, dataset.spec, dataset, policy=None)
@@ -115,11 +117,12 @@ def train_sf_cavp(
 
 def train_mmdit(
     *,
-    features: str,
+    features: str | Sequence[str],
     out: str,
     size: str,
     options: TrainingOptions,
     launching: Launching,
+    mix: Sequence[int] | None = None,
     init: str | None = None,
     lora: LoRA | None = None,
     train_split: str = "train",
@@ -127,46 +130,58 @@ def train_mmdit(
 ) -> Outcome:
     """Train a policy of a named size by flow matching, from nothing or from the policy at `init`.
 
-    From nothing, the latent transform is fitted on the training split before step 0; from a policy it is inherited.
-    With `lora` only adapters are trained, and what is left is a plain policy all the same.
+    From nothing, the latent transform is fitted on the training split, of several datasets that of the first, before
+    step 0; from a policy it is inherited. With `lora` only adapters are trained, and what is left is a plain policy.
+
+    Args:
+        features: one dataset, or several to be mixed; rows without video may be among them.
+        out: the artifact's folder.
+        size: named size.
+        options: of the training.
+        launching: where and how it runs.
+        mix: weight of each dataset; None: its number of rows.
+        init: policy to start from; None: fresh weights.
+        lora: adapters to train; None: every weight.
+        train_split: rows to train on, which every dataset has.
+        val_split: rows to validate on, of the datasets that have some.
 
     Raises:
-        InputError: an input is missing or does not fit the size.
+        InputError: an input is missing or does not fit the size, or the datasets do not fit each other.
     """
     if size not in SIZES:
         raise InputError(f"--size {size}: known sizes are {', '.join(SIZES)}")
     if lora is not None and init is None:
         raise InputError(f"--lora-rank {lora.rank} trains adapters beside a trained policy: give it with --init")
-    dataset = Dataset.open(features, FEATURES)
-    _check_spec(dataset, SPEC_OF_SIZE[size], features)
-    _check_split(dataset, train_split, features)
-    inputs = {"features": dataset.fingerprint}
+    mixture = open_mixture([features] if isinstance(features, str) else features, mix, size, train_split)
+    inputs = mixture.inputs
     if init is not None:
         start, manifest = open_policy(init)
         if size_of(start) != size:
             raise InputError(f"--init {init} is a {size_of(start)} and --size says {size}")
         inputs["init"] = manifest["fingerprint"]
+    elif SIZES[size].standardise_conditions:
+        mixture.require_video_first()
 
     def body(context: StageContext) -> None:
-        read = sample_bytes(dataset, FlowMatchingObjective.columns, train_split)
-        launching.say(f"{context.name}: {read.line}")
-        context.tracker.metrics(0, {"sample_kb": read.total / 1e3})
+        _tell_mixture(context, mixture, launching.say)
         start = Path(init) if init is not None else context.folder.local_path(START)
         if init is None:
-            _make_once(start, lambda folder: fit_starting_policy(size, options.seed, features, train_split, folder))
+            first = mixture.first.folder.uri
+            _make_once(start, lambda folder: fit_starting_policy(size, options.seed, first, train_split, folder))
         objective = FlowMatchingObjective(
             start=str(start),
-            features=features,
+            features=mixture.members(val_split),
             size=size,
             train_split=train_split,
-            val_split=val_split if dataset.num_rows(val_split) else None,
+            val_split=val_split if mixture.has_rows(val_split) else None,
             lora=lora,
             lora_seed=options.seed,
             execution=launching.execution,
         )
-        _train(context, objective, options, launching, {"size": size, "spec": SPEC_OF_SIZE[size]})
+        lineage = {"size": size, "spec": SPEC_OF_SIZE[size], **mixture.lineage}
+        _train(context, objective, options, launching, lineage)
 
-    config = {"size": size, "split": train_split, "val_split": val_split}
+    config = {"size": size, "split": train_split, "val_split": val_split, **mixture.affecting_bytes}
     config |= {**options.affecting_bytes(), **lora_affecting_bytes(lora)}
     return _stage("train_mmdit", config, inputs, out, body, launching)
 
@@ -195,7 +210,7 @@ def train_rpo(
     folder, manifest = open_policy(policy)
     size = size_of(folder)
     dataset = Dataset.open(pairs, PAIRS)
-    _check_spec(dataset, SPEC_OF_SIZE[size], pairs)
+    check_spec(dataset, SPEC_OF_SIZE[size], pairs)
     inputs = {"policy": manifest["fingerprint"], "pairs": dataset.fingerprint}
 
     def body(context: StageContext) -> None:
@@ -219,6 +234,16 @@ def train_rpo(
     if kind == "dpo":
         config |= {**vars(loss), "sdpo_mu": sdpo_mu, "strict_guards": strict_guards, "probe_every": probe_every}
     return _stage("train_rpo", config, inputs, out, body, launching)
+
+
+def _tell_mixture(context: StageContext, mixture: Mixture, say: Callable[[str], None]) -> None:
+    """Say and track what a sample costs to read, and which datasets it comes from."""
+    size_bytes, lines = mixture.reading_cost()
+    for line in lines:
+        say(f"{context.name}: {line}")
+    context.tracker.metrics(0, {"sample_kb": size_bytes / 1e3})
+    for number, member in enumerate(mixture.lineage.get("mixture", ()), start=1):
+        context.tracker.tags({f"mixture.{number}": f"{member['weight']} x {member['features']}"})
 
 
 def lora_affecting_bytes(lora: LoRA | None) -> dict[str, Any]:
@@ -333,16 +358,3 @@ def size_of(folder: Path) -> str:
     if size not in SIZES:
         raise InputError(f"{folder} is a policy of unknown size '{size}'; known sizes are {', '.join(SIZES)}")
     return size
-
-
-def _check_spec(dataset: Dataset, spec_name: str, location: str) -> None:
-    if dataset.spec != SPECS[spec_name]:
-        raise InputError(
-            f"{location} has clips of spec '{dataset.spec.name}', {dataset.spec.duration_s:g} s; this size needs "
-            f"'{spec_name}', {SPECS[spec_name].duration_s:g} s"
-        )
-
-
-def _check_split(dataset: Dataset, split: str, location: str) -> None:
-    if dataset.num_rows(split) == 0:
-        raise InputError(f"{location} has no clips of split '{split}'; it has {dataset.splits}")

@@ -68,7 +68,7 @@ def test_other_contracts_have_a_card_too_and_no_sheet(tmp_path: Path, capsys: py
     pairs = write_pairs(tmp_path / "pairs", num_kept=2, num_dropped=1)
     assert inspect("--dataset", str(pairs)) == EXIT_DONE
     assert "pairs/1" in capsys.readouterr().out
-    with pytest.raises(InputError, match="holds pairs/1, this code reads features/2"):
+    with pytest.raises(InputError, match="holds pairs/1, this code reads features/3"):
         inspect("--dataset", str(pairs), "--sheet", str(tmp_path / "x.png"))
 
 

@@ -11,7 +11,7 @@ from pipelines.data.contracts import FEATURES, PAIRS
 from pipelines.data.store import Dataset, Part
 from pipelines.errors import InputError
 from pipelines.training.batches import BatchSource, Prefetched, RowGroups, validation_batches
-from pipelines.training.objective import Batch, DataRef, Draws, sample_generator
+from pipelines.training.objective import Batch, DataMix, DataRef, Draws, sample_generator
 from pipelines.training.order import BatchPlan, GlobalOrder
 from tests.feature_factory import write_features, write_pairs
 from tests.toy_objective import ToyObjective
@@ -172,3 +172,48 @@ def test_the_draws_of_a_sample_depend_on_its_position_and_stream_alone() -> None
     values = {(s, t, p): draw(s, t, p) for s in (0, 1) for t in ("training", "validation") for p in (0, 1, 10**9)}
     assert len(set(values.values())) == len(values)
     assert values == {key: draw(*key) for key in values}
+
+
+def _mix(*features: Path, weights: tuple[int, ...]) -> RowGroups:
+    refs = tuple(DataRef(location=str(place), contract="features", split="train") for place in features)
+    return RowGroups(DataMix(members=refs, weights=weights), ("clip_id", "has_video"))
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows without video, of which the training split has 70."""
+    out = tmp_path_factory.mktemp("data") / "words"
+    return write_features(out, {"train": 70}, seed=1, has_video=False, prefix="words_")
+
+
+def test_a_mixture_gives_the_rows_of_both_datasets_in_their_shares_and_one_dataset_its_own_order(
+    features: Path, words: Path
+) -> None:
+    groups = _mix(features, words, weights=(3, 1))
+    assert groups.sizes == (64, 64, 22, 64, 6)
+    taken = groups.take(groups.order(0).finder()(np.arange(280)))
+    names = np.array(taken["clip_id"].to_pylist()).reshape(70, 4)
+    is_words = np.char.startswith(names, "words_")
+    assert (is_words.sum(axis=1) == 1).all()
+    assert sorted(names[is_words]) == [f"words_train_{index:05d}" for index in range(70)]
+    assert sorted(names[~is_words][:150]) == [f"train_{index:05d}" for index in range(150)]
+    assert (~np.array(taken["has_video"].to_pylist()).reshape(70, 4) == is_words).all()
+    alone = _mix(features, weights=(1,))
+    assert alone.order(7) == GlobalOrder(alone.sizes, 7)
+
+
+def test_windows_of_all_datasets_stay_in_memory(features: Path, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.training.batches.CACHE_BYTES", 1)
+    reads: list[tuple[str, int]] = []
+    read = Dataset.read_row_group
+
+    def counted(self: Dataset, part: Part, index: int, names: Sequence[str] | None = None) -> pa.Table:
+        reads.append((self.folder.uri, index))
+        return read(self, part, index, names)
+
+    groups = _mix(features, words, weights=(2, 1))
+    monkeypatch.setattr(Dataset, "read_row_group", counted)
+    find = groups.order(0).finder()
+    for start in range(0, 210, 10):
+        groups.take(find(np.arange(start, start + 10)))
+    assert len(reads) == len(set(reads)) == 5

@@ -199,7 +199,7 @@ def test_labels_and_scores_must_come_in_pairs(scored: dict[str, str], tmp_path: 
 
 
 def test_a_features_dataset_given_as_scores_is_named(scored: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ContractError, match="holds features/2"):
+    with pytest.raises(ContractError, match="holds features/3"):
         write_report(scored["features"], [scored["features"]], settings(labels=("M_0",)), out=str(tmp_path / "out"))
 
 

@@ -16,10 +16,10 @@ from pipelines.data.tables import column_to_numpy, table_from_rows
 from pipelines.data.units import cut_units
 from pipelines.errors import ContractError, InputError
 from pipelines.stage import StageContext, run_stage
-from pipelines.training.flow_matching_objective import FlowMatchingObjective
+from pipelines.training.flow_matching_objective import TENSORS
 from tests.pipelines.row_factory import TINY, make_row
 
-COLUMNS = FlowMatchingObjective.columns
+COLUMNS = TENSORS
 MMAUDIO_BYTES = {"16k": 1.207e6, "44k": 1.278e6}
 
 

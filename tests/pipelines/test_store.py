@@ -94,12 +94,12 @@ def test_unfinished_foreign_and_newer_datasets_are_refused_in_one_line(tmp_path:
     with pytest.raises(InputError, match="does not exist or is empty"):
         Dataset.open(str(tmp_path / "nothing"), FEATURES)
     write_features(tmp_path / "f", rows_of(2))
-    with pytest.raises(ContractError, match="holds features/2, this code reads pairs/1"):
+    with pytest.raises(ContractError, match="holds features/3, this code reads pairs/1"):
         Dataset.open(str(tmp_path / "f"), PAIRS)
     manifest = tmp_path / "f/manifest.json"
     content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(content | {"version": 3}))
-    with pytest.raises(ContractError, match="holds features/3, this code reads features/2"):
+    manifest.write_text(json.dumps(content | {"version": 4}))
+    with pytest.raises(ContractError, match="holds features/4, this code reads features/3"):
         Dataset.open(str(tmp_path / "f"), FEATURES)
     manifest.unlink()
     with pytest.raises(InputError, match="is not finished"):
