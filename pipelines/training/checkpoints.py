@@ -192,6 +192,7 @@ def _first_fault(checkpoint: Checkpoint) -> str | None:
         try:
             checkpoint.fetch()
         except ContractError as error:
+            checkpoint.release()
             return str(error)
         return None
     for name, expected in checkpoint.files.items():
