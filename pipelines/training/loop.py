@@ -151,7 +151,11 @@ class _Run:
 
         `cause`: why a run in this process went back to it.
         """
-        self.world.pulse.at(0, "restore")
+        if self.place.is_scratch:
+            # Not watched: to fetch a checkpoint takes as long as the network does.
+            self.world.pulse.rest()
+        else:
+            self.world.pulse.at(0, "restore")
         found, skipped = self.world.share(checkpoints.newest_complete(self.root) if self.world.is_main else (None, []))
         if found is not None:
             self._load(found)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.storage import open_folder
-from pipelines.training.journal import parse_journal, read_journal
+from pipelines.training.journal import parse_journal
 from tests.feature_factory import write_features
-from tests.storage_servers import BUCKET, FOR_EVER, environment, fault_proxy, s3, s3_address
+from tests.storage_servers import FOR_EVER, environment, fault_proxy, s3, s3_address
+from tests.training_runs import losses_of
 
 __all__ = ["s3", "s3_address"]
 ROOT = Path(__file__).parents[2]
@@ -46,9 +47,7 @@ def test_a_training_killed_in_an_upload_goes_on_on_another_node_to_the_bytes_of_
         variables = {**os.environ, **environment(url), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path / "node")}
         undisturbed = beside.submit(_run, _command(str(features), str(tmp_path / "whole")), variables)
         command = _command(f"{s3}/features", f"{s3}/out")
-        faults.inject(
-            "silence", FOR_EVER, method="PUT", matches=lambda target: "step_00000008-1/average" in target
-        )
+        faults.inject("silence", FOR_EVER, method="PUT", matches=lambda target: "step_00000008-1/average" in target)
         with (tmp_path / "killed.log").open("w") as sink:
             killed = subprocess.Popen(command, env=variables, stdout=sink, stderr=sink)
             started = time.monotonic()
@@ -65,16 +64,16 @@ def test_a_training_killed_in_an_upload_goes_on_on_another_node_to_the_bytes_of_
         undisturbed.result()
     assert "train_mmdit: resume" in told
     folder, whole = open_folder(f"{s3}/out"), tmp_path / "whole"
-    first, second = (json.loads(text) for text in (folder.read_bytes("manifest.json"), (whole / "manifest.json").read_bytes()))
+    first, second = (
+        json.loads(text) for text in (folder.read_bytes("manifest.json"), (whole / "manifest.json").read_bytes())
+    )
     assert first["notes"] == ["checkpoint step_00000008-1 passed over: no COMPLETE file: it was never finished"]
     assert (first["fingerprint"], first["metrics"]) == (second["fingerprint"], second["metrics"])
     assert first["files"] == second["files"]
     for entry in first["files"]:
         assert folder.read_bytes(entry["path"]) == (whole / entry["path"]).read_bytes()
-    journals = (parse_journal(folder.read_bytes("metrics.jsonl")), read_journal(whole / "metrics.jsonl"))
-    assert [[(r["step"], r["loss"]) for r in journal] for journal in journals][0] == [
-        (r["step"], r["loss"]) for r in journals[1]
-    ]
+    losses = [record["loss"] for record in parse_journal(folder.read_bytes("metrics.jsonl"))]
+    assert losses == losses_of(whole)
     left = set(folder.list_names()) - {entry["path"] for entry in first["files"]}
     assert left == {"config.yaml", "manifest.json", "metrics.jsonl", "stage.json"}
     assert BUCKET in folder.uri

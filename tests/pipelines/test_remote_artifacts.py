@@ -76,8 +76,8 @@ def test_every_training_and_an_evaluation_give_the_same_in_an_object_store_as_in
         str(tmp_path / "local"), world, tmp_path / "local_scores"
     )
     # As ever, a folder that was made with other settings refuses, and one that is finished is left alone.
+    other = TrainingOptions(steps=2, batch_size=4, lr=2e-3)
     with pytest.raises(StageConflict, match=rf"{s3}/runs/m0 was made with other settings \(lr: 0.001 there, 0.002"):
-        other = TrainingOptions(steps=2, batch_size=4, lr=2e-3)
         train_mmdit(features=world, out=f"{s3}/runs/m0", size="tiny", options=other, launching=LAUNCHING)
     again = train_mmdit(features=world, out=f"{s3}/runs/m0", size="tiny", options=FEW, launching=LAUNCHING)
     assert again == "skip"

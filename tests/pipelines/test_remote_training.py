@@ -1,6 +1,7 @@
 """A training whose folder is in an object store is the training of a local folder: exports, journal, resume, faults."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.feature_factory import write_features
 from tests.storage_servers import FOR_EVER, Faults, broken_s3, s3, s3_address
 from tests.toy_objective import ToyObjective
 from tests.training_runs import losses_of, run_training, slow
+from tests.training_worlds import train_together
 
 __all__ = ["broken_s3", "s3", "s3_address"]
 OPTIONS = TrainingOptions(steps=9, batch_size=8, lr=3e-2, ema_decay=0.9, checkpoint_every=3, validate_every=4)
@@ -49,7 +51,8 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Cache and temporary folder of this test alone; nothing is left in them."""
     (tmp_path / "scratch").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr("tempfile.tempdir", None)
     yield
     assert not list((tmp_path / "scratch").iterdir())
     assert not list(cache_folder().glob("*"))
@@ -161,6 +164,7 @@ def _weights_of(step: int) -> Callable[[str], bool]:
     return lambda target: f"step_{step:08d}-1/weights" in target
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_a_store_that_is_gone_at_a_checkpoint_is_a_clean_stop_that_resumes(
     broken_s3: tuple[str, Faults], whole: Whole
@@ -195,6 +199,29 @@ def test_a_rollback_is_recorded_in_the_object_store(s3: str, whole: Whole) -> No
         fit(TrainingOrder(objective, options, f"{s3}/out"), num_workers=0, report=lambda step, metrics: None)
     (back,) = read_adjustments(f"{s3}/out/checkpoints").rollbacks
     assert (back.at_step, back.to_step) == (6, 3)
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_checkpoint_in_the_object_store_and_go_on_bit_for_bit(
+    s3: str, whole: Whole, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(OPTIONS, batch_size=12, zero_stage=2)
+    (tmp_path / "local").mkdir()
+
+    def order(out: str, *, cut: bool) -> TrainingOrder:
+        defect_at = 7 if cut else -1
+        return TrainingOrder(ToyObjective(features=whole.features, batch_size=12, defect_at=defect_at), options, out)
+
+    local, remote = str(tmp_path / "local"), f"{s3}/out"
+    orders = [order(local, cut=False), order(remote, cut=True), order(remote, cut=False)]
+    train_together(orders, 2, tmp_path / "meeting")
+    folder = open_folder(remote)
+    content = json.loads(folder.read_bytes("checkpoints/step_00000006-1/COMPLETE"))
+    assert content["world_size"] == 2
+    assert {f"weights_{rank:05d}_of_00002.safetensors" for rank in range(2)} < content["files"].keys()
+    assert folder.read_bytes(EXPORT) == (tmp_path / "local" / EXPORT).read_bytes()
+    losses = [record["loss"] for record in parse_journal(folder.read_bytes("metrics.jsonl"))]
+    assert losses == losses_of(tmp_path / "local")
 
 
 def test_retention_deletes_objects(s3: str, whole: Whole) -> None:
