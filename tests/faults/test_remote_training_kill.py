@@ -29,7 +29,10 @@ def _command(features: str, out: str) -> list[str]:
 
 
 def _run(command: list[str], variables: dict[str, str]) -> str:
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    # In a folder of its own: the journal of an object store is shipped to the tests' store, a file there.
+    done = subprocess.run(
+        command, env=variables, cwd=variables["HOME"], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -44,12 +47,15 @@ def test_a_training_killed_in_an_upload_goes_on_on_another_node_to_the_bytes_of_
         if path.is_file():
             open_folder(f"{s3}/features").write_bytes(str(path.relative_to(features)), path.read_bytes())
     with fault_proxy(s3_address) as (url, faults), ThreadPoolExecutor(1) as beside:
-        variables = {**os.environ, **environment(url), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path / "node")}
+        variables = {**os.environ, **environment(url), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        for node in ("node", "other_node"):
+            (tmp_path / node).mkdir()
+        variables["HOME"] = str(tmp_path / "node")
         undisturbed = beside.submit(_run, _command(str(features), str(tmp_path / "whole")), variables)
         command = _command(f"{s3}/features", f"{s3}/out")
         faults.inject("silence", FOR_EVER, method="PUT", matches=lambda target: "step_00000008-1/average" in target)
         with (tmp_path / "killed.log").open("w") as sink:
-            killed = subprocess.Popen(command, env=variables, stdout=sink, stderr=sink)
+            killed = subprocess.Popen(command, env=variables, cwd=tmp_path, stdout=sink, stderr=sink)
             started = time.monotonic()
             while faults.injected == 0:
                 assert killed.poll() is None, (tmp_path / "killed.log").read_text()
