@@ -10,7 +10,8 @@ from pathlib import Path
 
 from models.pretrained import FILE_OF_ROLE, codec_roles, how_to_get
 from models.spec import ClipSpec
-from pipelines.data.store import CHECKPOINT, Dataset, open_files, read_manifest
+from pipelines.data.storage import open_folder
+from pipelines.data.store import CHECKPOINT, Dataset, local_folder, open_local_files, read_manifest
 from pipelines.errors import InputError
 
 
@@ -24,8 +25,8 @@ class FrozenNetworks:
 
     @property
     def folder(self) -> Path | None:
-        """The folder for `build_codec` and `build_encoders`."""
-        return None if self.location is None else Path(self.location)
+        """The folder for `build_codec` and `build_encoders`, on whatever machine asks."""
+        return networks_folder(self.location, tuple(self.sha256))
 
     @property
     def as_input(self) -> dict[str, str]:
@@ -37,6 +38,11 @@ class FrozenNetworks:
                 "\n".join(f"{k} {v}" for k, v in sorted(self.sha256.items())).encode()
             ).hexdigest()
         }
+
+
+def networks_folder(location: str | None, roles: Sequence[str]) -> Path | None:
+    """Where the networks of `roles` lie on this machine, opened and verified before; None for no location."""
+    return None if location is None else local_folder(location, CHECKPOINT, only=[FILE_OF_ROLE[r] for r in roles])
 
 
 def open_frozen(location: str | None, roles: Sequence[str], *, policy: str | None = None) -> FrozenNetworks:
@@ -64,10 +70,8 @@ def open_frozen(location: str | None, roles: Sequence[str], *, policy: str | Non
     if missing:
         raise InputError(f"{chosen} holds no {' and no '.join(missing)}: {how_to_get(missing)}")
     names = [FILE_OF_ROLE[role] for role in roles]
-    folder, _ = open_files(chosen, CHECKPOINT, only=names)
-    return FrozenNetworks(
-        location=str(folder.local_path()), sha256={role: listed[FILE_OF_ROLE[role]] for role in roles}
-    )
+    open_local_files(chosen, CHECKPOINT, only=names)
+    return FrozenNetworks(location=open_folder(chosen).uri, sha256={role: listed[FILE_OF_ROLE[role]] for role in roles})
 
 
 def open_codec(location: str | None, spec: ClipSpec, features: Dataset | None, policy: str | None) -> FrozenNetworks:

@@ -21,7 +21,7 @@ from models.pretrained import codec_roles, encoder_roles
 from models.reward import Reward
 from models.spec import SPECS, ClipSpec
 from models.weights import load_config
-from pipelines.data.store import CHECKPOINT, open_files
+from pipelines.data.store import CHECKPOINT, open_local_files
 from pipelines.errors import InputError, MediaError
 from pipelines.file_clips import FileClips
 from pipelines.frozen import open_frozen
@@ -76,8 +76,8 @@ def find_networks(policy: str, reward: str | None, weights: str | None, device: 
     Raises:
         InputError: one is missing, of another kind or altered, or lacks a network that is needed.
     """
-    own = open_files(policy, CHECKPOINT, only=POLICY_FILES)[0].local_path()
-    judge = None if reward is None else open_files(reward, CHECKPOINT)[0].local_path()
+    own = open_local_files(policy, CHECKPOINT, only=POLICY_FILES)[0]
+    judge = None if reward is None else open_local_files(reward, CHECKPOINT)[0]
     try:
         spec_name = load_config(own / CONFIG_FILE, KIND).get("spec")
         if judge is not None:

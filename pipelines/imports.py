@@ -4,10 +4,8 @@ Every file is identified and checked before anything is written, and read a seco
 leaves nothing behind, and never more than one file is in memory.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -18,9 +16,10 @@ from models.mmdit import SPEC_OF_SIZE
 from models.policy import CONFIG_FILE, KIND, NETWORK_FILE
 from models.pretrained import FILE_OF_ROLE as FROZEN_FILES
 from models.weights import save_config
-from pipelines.data.storage import open_folder
+from pipelines.data.storage import Folder, open_folder
+from pipelines.data.storage_faults import weights_failure
 from pipelines.data.store import CHECKPOINT, files_manifest
-from pipelines.errors import EnvironmentFailed, InputError
+from pipelines.errors import InputError
 from pipelines.public_files import FileIdentity, identify, local_file, read_state_dict
 from pipelines.public_models import (
     PUBLIC_MODELS,
@@ -88,7 +87,7 @@ def import_mmaudio(
     Args:
         files: path of the file by role (`public_models.ROLES`), or hf://OWNER/REPOSITORY/FILE in the hub's cache.
         size: the policy's size.
-        out: the artifact's folder, on a mounted file system.
+        out: the artifact's folder.
         trust_unknown_checksum: take files whose md5 is not the one on record.
         models: what the files may be.
         options_yaml: the resolved options in preset form.
@@ -101,7 +100,7 @@ def import_mmaudio(
     """
     if "network" not in files:
         raise InputError("--network is missing: a policy is its network; give mmaudio_<size>.pth")
-    open_folder(out).local_path()
+    open_folder(out)  # Before gigabytes are read.
     sources: list[Source] = []
     for role in (role for role in ROLES if role in files):
         model, identity = find_model(models, role, size), identify(local_file(role, files[role]))
@@ -131,15 +130,16 @@ def import_mmaudio(
 
 
 def _write(context: StageContext, sources: Sequence[Source], models: Sequence[PublicModel], size: str) -> None:
-    folder = context.folder.local_path()
+    context.folder.remove_temporaries()
     names = [CONFIG_FILE]
     for source in sources:
         name = FILE_OF_ROLE[source.model.role]
-        _save(folder / name, source.read(models))
+        _save(context.folder, name, source.read(models))
         names.append(name)
     spec = SPEC_OF_SIZE[size]
     # The three fields of Policy.save, so that this is a policy as any other; what it was made from is in the manifest.
-    save_config(folder / CONFIG_FILE, {"kind": KIND, "size": size, "spec": spec})
+    with context.folder.new_file(CONFIG_FILE) as path:
+        save_config(path, {"kind": KIND, "size": size, "spec": spec})
     described = {source.model.role: _entry(source) for source in sources}
     files = files_manifest(context.folder, names)
     context.finish({"kind": CHECKPOINT, "size": size, "spec": spec, "files": files, "sources": described})
@@ -160,28 +160,23 @@ def _entry(source: Source) -> dict[str, str | int | bool]:
     }
 
 
-def _save(path: Path, state: Mapping[str, Tensor]) -> None:
+def _save(folder: Folder, name: str, state: Mapping[str, Tensor]) -> None:
     """Write float32 safetensors, visible only when whole; tensors that are mapped from a file are not copied.
 
     Raises:
-        EnvironmentFailed: the disk is full, read-only or gone.
+        InputError: the storage refuses.
+        EnvironmentFailed: the disk is full, read-only or gone, or storage fails after retries.
     """
-    partial = path.with_name(path.name + ".partial")
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in state.items():
+    for key, tensor in state.items():
         dense = tensor.to(torch.float32).contiguous()
         # The format holds no two names for one memory, as a file with tied weights has.
         memory = dense.untyped_storage().data_ptr()
-        tensors[name] = dense.clone() if memory in seen else dense
+        tensors[key] = dense.clone() if memory in seen else dense
         seen.add(memory)
-    try:
-        save_file(tensors, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise EnvironmentFailed(
-            f"cannot write {path}: {error}; free or mount the storage and run the same command again"
-        ) from error
+    with folder.new_file(name) as path:
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:
+            raise weights_failure(error, f"{folder.uri}/{name}") from error

@@ -13,7 +13,7 @@ from models.reward import Reward, RewardScore
 from models.spec import ClipSpec
 from pipelines.data.sound import resample
 from pipelines.data.source import SourceReader
-from pipelines.data.store import CHECKPOINT, open_files
+from pipelines.data.store import CHECKPOINT, open_local_files
 from pipelines.data.window import DecodedWindow
 from pipelines.devices import own_device
 from pipelines.errors import InputError, MediaError
@@ -61,7 +61,7 @@ def load_reward(location: str, device: str | torch.device | None = None) -> Rewa
         InputError: it is missing or another kind.
     """
     try:
-        return Reward.load(open_files(location, CHECKPOINT)[0].local_path(), own_device() if device is None else device)
+        return Reward.load(open_local_files(location, CHECKPOINT)[0], own_device() if device is None else device)
     except ValueError as error:
         raise InputError(f"{location} is not a reward: {error}") from error
 

@@ -6,7 +6,9 @@ replace another: so a name exists only when its content is whole.
 
 import contextlib
 import errno
+import hashlib
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
@@ -77,22 +79,24 @@ class LocalFiles:
         Raises:
             FileExistsError: `only_if_absent` and the name is taken.
         """
-        target = Path(path)
-        temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-        with _translated(path):
-            try:
-                _make_folder(target.parent)
-                with temporary.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if only_if_absent:
-                    _link(temporary, target)
-                else:
-                    temporary.replace(target)
-            finally:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
+        with _translated(path), _beside(Path(path)) as temporary:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if only_if_absent:
+                _link(temporary, Path(path))
+            else:
+                temporary.replace(path)
+
+    @contextlib.contextmanager
+    def new_file(self, path: str) -> Iterator[Path]:
+        """A path to write to; at the end of the block the file is brought to the disk and renamed to `path`."""
+        with _translated(path), _beside(Path(path)) as temporary:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
 
     def delete(self, path: str) -> None:
         """Delete a file; none is no error."""
@@ -103,6 +107,10 @@ class LocalFiles:
         """Remove a folder that holds nothing; one that does, or is not there, stays as it is."""
         with contextlib.suppress(OSError):
             Path(path).rmdir()
+
+    def delete_tree(self, path: str) -> None:
+        """Delete a folder with all that is in it; what cannot be deleted stays."""
+        shutil.rmtree(path, ignore_errors=True)
 
     def remove_temporaries(self, path: str) -> int:
         """Delete what writers that were killed left directly in a folder; how many files that were."""
@@ -132,6 +140,37 @@ def read_pieces(path: str, offset: int, size_bytes: int | None) -> Iterator[byte
         while left != 0 and (piece := file.read(PIECE_BYTES if left is None else min(PIECE_BYTES, left))):
             left = None if left is None else left - len(piece)
             yield piece
+
+
+def write_pieces(target: Path, pieces: Iterator[bytes]) -> tuple[str, int]:
+    """Write a file from pieces; its sha256 and its size in bytes.
+
+    What the pieces raise passes as it is; what the disk raises is an EnvironmentFailed, as everywhere here.
+    """
+    digest, written = hashlib.sha256(), 0
+    with _translated(str(target)):
+        file = target.open("wb")
+    with file:
+        for piece in pieces:
+            digest.update(piece)
+            with _translated(str(target)):
+                file.write(piece)
+            written += len(piece)
+        with _translated(str(target)):
+            file.flush()
+    return digest.hexdigest(), written
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A temporary name in the folder of `target`, which is made; gone after the block."""
+    temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        _make_folder(target.parent)
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager

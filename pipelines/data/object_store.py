@@ -12,6 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -19,7 +20,8 @@ import botocore.exceptions as aws
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipelines.data.storage_faults import BrokenTransfer, Verdict, retried, verdict_of
+from pipelines.data.scratch import scratch_folder
+from pipelines.data.storage_faults import BrokenTransfer, Verdict, local_failure, retried, verdict_of
 
 PIECE_BYTES = 1 << 20
 CONNECT_TIMEOUT_S = 10.0
@@ -29,6 +31,12 @@ MAX_CONNECTIONS = 32
 ARROW_ATTEMPTS = 1
 """As with boto3: `storage_faults.retried` is the one who tries again."""
 DEFAULT_REGION = "us-east-1"
+PART_BYTES = 16 << 20
+"""A file above this is uploaded in parts of it, of which boto3 holds at most ten in memory; they grow where a file
+would have more than the 10,000 that a store takes."""
+UPLOAD_THREADS = 4
+PART_ATTEMPTS = 4
+"""Of one part, by boto3: among the thousands of a large file some fail, and the file must not start again for each."""
 
 T = TypeVar("T")
 
@@ -116,6 +124,22 @@ class ObjectStore:
         if not retried(put, f"s3://{path}"):
             raise FileExistsError(f"s3://{path}")
 
+    @contextlib.contextmanager
+    def new_file(self, path: str) -> Iterator[Path]:
+        """A path in the temporary folder to write to; at the end of the block the file is uploaded and removed."""
+        with scratch_folder() as scratch:
+            written = scratch / "file"
+            try:
+                yield written
+            except OSError as error:
+                raise local_failure(error, written) from error
+            retried(lambda: _upload(written, path), f"s3://{path}")
+
+    def delete_tree(self, path: str) -> None:
+        """Delete all objects below a name."""
+        for name in self.list_sizes(path, recursive=True):
+            self.delete(f"{path}/{name}")
+
     def delete(self, path: str) -> None:
         """Delete an object; none is no error."""
         bucket, key = _split(path)
@@ -148,6 +172,19 @@ class ObjectStore:
     def filesystem_of(self, path: str) -> pafs.FileSystem:
         """pyarrow's view of the bucket of `path`."""
         return _arrow_filesystem(_split(path)[0], _environment())
+
+
+def _upload(written: Path, path: str) -> None:
+    """Put a file of any size as one object, visible when whole; each part with its checksum."""
+    from boto3.s3.transfer import TransferConfig
+
+    bucket, key = _split(path)
+    settings = TransferConfig(
+        multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=UPLOAD_THREADS
+    )
+    # Not upload_file, which makes one error of all that can happen.
+    with written.open("rb") as file:
+        _client(PART_ATTEMPTS).upload_fileobj(file, bucket, key, Config=settings)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -191,12 +228,15 @@ def _environment() -> tuple[tuple[str, str], ...]:
     return (("pid", str(os.getpid())), *sorted(settings))
 
 
-def _client() -> Any:
-    return _boto_client(_environment(), CONNECT_TIMEOUT_S, READ_TIMEOUT_S)
+def _client(attempts: int = 1) -> Any:
+    """A client that makes so many attempts of its own; one, where `storage_faults.retried` is who tries again."""
+    return _boto_client(_environment(), CONNECT_TIMEOUT_S, READ_TIMEOUT_S, attempts)
 
 
 @functools.lru_cache(maxsize=8)
-def _boto_client(environment: tuple[tuple[str, str], ...], connect_timeout_s: float, read_timeout_s: float) -> Any:
+def _boto_client(
+    environment: tuple[tuple[str, str], ...], connect_timeout_s: float, read_timeout_s: float, attempts: int
+) -> Any:
     import boto3
     from botocore.config import Config
 
@@ -205,8 +245,7 @@ def _boto_client(environment: tuple[tuple[str, str], ...], connect_timeout_s: fl
         "s3",
         region_name=dict(environment).get("AWS_REGION") or session.region_name or DEFAULT_REGION,
         config=Config(
-            # One attempt: `storage_faults.retried` is the one who tries again.
-            retries={"total_max_attempts": 1, "mode": "standard"},
+            retries={"total_max_attempts": attempts, "mode": "standard"},
             connect_timeout=connect_timeout_s,
             read_timeout=read_timeout_s,
             max_pool_connections=MAX_CONNECTIONS,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pipelines.data.local_files import read_pieces
+from pipelines.data.local_files import read_pieces, write_pieces
 from pipelines.data.object_store import ObjectStore
 from pipelines.data.storage import S3
 from pipelines.data.storage_faults import is_machines_fault, local_failure
@@ -133,7 +133,7 @@ class SourceReader:
 
 def _copy(wanted: _Range, target: Path) -> str:
     """Copy a range to a local file; its sha256."""
-    use = partial(_write_pieces, target)
+    use = partial(write_pieces, target)
     if "://" not in wanted.uri:
         path = Path(wanted.uri)
         with _of_source(path):
@@ -151,21 +151,6 @@ def _copy(wanted: _Range, target: Path) -> str:
     if wanted.size_bytes is not None and written != wanted.size_bytes:
         raise MediaError("truncated", f"{written} of {wanted.size_bytes} bytes are there from byte {wanted.offset}")
     return sha256
-
-
-def _write_pieces(target: Path, pieces: Iterator[bytes]) -> tuple[str, int]:
-    digest, written = hashlib.sha256(), 0
-    with _on_disk(target):
-        file = target.open("wb")
-    with file:
-        for piece in pieces:
-            digest.update(piece)
-            with _on_disk(target):
-                file.write(piece)
-            written += len(piece)
-        with _on_disk(target):
-            file.flush()
-    return digest.hexdigest(), written
 
 
 @contextmanager

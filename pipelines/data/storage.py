@@ -7,13 +7,14 @@ place (`storage_faults`): what a caller sees is FileNotFoundError, FileExistsErr
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
 
-from pipelines.data.local_files import LocalFiles
+from pipelines.data.local_files import LocalFiles, write_pieces
 from pipelines.data.object_store import ObjectStore
 from pipelines.errors import InputError
 
@@ -45,9 +46,9 @@ class Folder:
         return f"{self.path}/{name}"
 
     def local_path(self, name: str = "") -> Path:
-        """Local path of `name`; raises InputError on an object store."""
+        """Local path of `name`; raises InputError on an object store (where `local_artifacts` makes copies)."""
         if not self.is_local:
-            raise InputError(f"{self.uri}: this stage needs a mounted folder; give a local or NFS path")
+            raise InputError(f"{self.uri}: a mounted folder is needed here; give a local or NFS path")
         return Path(self.join(name) if name else self.path)
 
     def exists(self, name: str) -> bool:
@@ -102,6 +103,15 @@ class Folder:
 
         return self.store.use_pieces(self.join(name), hash_of)
 
+    def copy_to(self, name: str, target: Path) -> str:
+        """Copy a file to a path of this machine, in pieces; returns its sha256.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            EnvironmentFailed: as `write_bytes`, also for the disk of `target`.
+        """
+        return self.store.use_pieces(self.join(name), lambda pieces: write_pieces(target, pieces)[0])
+
     def use_file(self, name: str, use: Callable[[pa.NativeFile], T]) -> T:
         """What `use` makes of a file open for reading at random places, such as Parquet.
 
@@ -122,6 +132,17 @@ class Folder:
         """
         self.store.write(self.join(name), content, only_if_absent=only_if_absent)
 
+    def new_file(self, name: str) -> AbstractContextManager[Path]:
+        """Inside the block a path of this machine to write a file of any size to; after it the file is `name`, whole.
+
+        On a mounted folder it is written beside its place and renamed; for an object store in the temporary folder, and
+        uploaded in parts. What stood under the name is replaced; a block that fails leaves it as it was.
+
+        Raises:
+            InputError, EnvironmentFailed: as `write_bytes`.
+        """
+        return self.store.new_file(self.join(name))
+
     def delete(self, name: str) -> None:
         """Delete a file; none is no error."""
         self.store.delete(self.join(name))
@@ -132,6 +153,10 @@ class Folder:
             self.delete(f"{name}/{file}")
         self.store.remove_empty(self.join(name))
 
+    def delete_tree(self, name: str) -> None:
+        """Delete a folder and everything in it; on a mounted folder what cannot be deleted stays, without an error."""
+        self.store.delete_tree(self.join(name))
+
     def remove_temporaries(self, name: str = "") -> int:
         """Delete what killed writers left half written directly under `name`; how many files that were.
 
@@ -140,12 +165,20 @@ class Folder:
         return self.store.remove_temporaries(self.join(name) if name else self.path)
 
 
-def open_folder(location: str | Path) -> Folder:
+Location = str | Path | Folder
+"""Where a folder is: a path, a URI, or the folder itself."""
+
+
+def open_folder(location: Location) -> Folder:
     """A folder from an absolute or relative path or a URI (`s3://bucket/key`); nothing is created.
+
+    One that is open already is given back.
 
     Raises:
         InputError: the URI's scheme is not supported, or it says more than bucket and key.
     """
+    if isinstance(location, Folder):
+        return location
     text = str(location)
     if "://" not in text:
         path = str(Path(text).absolute())

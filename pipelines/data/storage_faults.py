@@ -19,6 +19,7 @@ import botocore.exceptions as aws
 import botocore.parsers
 import tenacity
 import urllib3.exceptions
+from safetensors import SafetensorError
 
 from pipelines.errors import EnvironmentFailed, InputError, MediaError, PipelineError
 
@@ -61,6 +62,7 @@ _TRANSIENT_AWS = (
     # Some of what breaks in the middle of a body reaches us as it is.
     *(urllib3.exceptions.HTTPError, ConnectionError, TimeoutError),
 )
+_SYSTEM_ERROR = re.compile(r"os error (\d+)")
 _ARROW_ERROR = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))?")
 _ARROW_REFUSED = frozenset(
     {
@@ -171,6 +173,15 @@ def local_failure(error: OSError, where: str | os.PathLike[str]) -> PipelineErro
         return InputError(f"{os.fspath(where)}: {reason}; {_WRONG_PLACE[error.errno]}")
     advice = _ADVICE.get(error.errno or 0, f"mend the storage and {AGAIN}")
     return EnvironmentFailed(f"{os.fspath(where)}: {reason}; {advice}")
+
+
+def weights_failure(error: OSError | SafetensorError, where: str | os.PathLike[str]) -> PipelineError:
+    """The error to raise where weights cannot be written: safetensors words what the operating system says."""
+    if isinstance(error, SafetensorError):
+        found = _SYSTEM_ERROR.search(str(error))
+        number = int(found[1]) if found else errno.EIO
+        error = OSError(number, os.strerror(number) if found else str(error).splitlines()[0])
+    return local_failure(error, where)
 
 
 def is_machines_fault(error: OSError) -> bool:

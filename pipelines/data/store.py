@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from models.spec import SPECS, ClipSpec
 from pipelines.data import digest
 from pipelines.data.contracts import CONTRACTS, REJECTS, Contract
+from pipelines.data.local_copies import Listed, copy_of
 from pipelines.data.storage import Folder, open_folder
 from pipelines.data.tables import conform
 from pipelines.errors import ContractError, InputError
@@ -261,6 +263,29 @@ def open_files(location: str, kind: str, only: Collection[str] | None = None) ->
         if folder.sha256(entry["path"]) != entry["sha256"]:
             raise ContractError(f"{folder.uri}/{entry['path']} does not have the manifest's sha256; it was altered")
     return folder, manifest
+
+
+def open_local_files(location: str, kind: str, only: Collection[str] | None = None) -> tuple[Path, dict[str, Any]]:
+    """As `open_files`, for what opens files by path: where they lie, or of an object store a verified copy of them.
+
+    Raises:
+        InputError: as `open_files`.
+        ContractError: as `open_files`.
+        EnvironmentFailed: the copy cannot be made.
+    """
+    folder = open_folder(location)
+    if folder.is_local:
+        folder, manifest = open_files(location, kind, only)
+        return folder.local_path(), manifest
+    manifest = read_manifest(location, kind=kind)
+    listed = [Listed(entry["path"], entry["bytes"], entry["sha256"]) for entry in manifest["files"]]
+    return copy_of(folder, listed, only=only), manifest
+
+
+def local_folder(location: str, kind: str, only: Collection[str] | None = None) -> Path:
+    """Where files lie on this machine that were opened and verified before: a mounted folder, or a verified copy."""
+    folder = open_folder(location)
+    return folder.local_path() if folder.is_local else open_local_files(location, kind, only)[0]
 
 
 def contract_of(manifest: Mapping[str, Any]) -> Contract:

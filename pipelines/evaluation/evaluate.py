@@ -19,7 +19,7 @@ from models.weights import load_config
 from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, SCORES
 from pipelines.data.pictures import require_pictures
-from pipelines.data.store import CHECKPOINT, Dataset, open_files, read_manifest
+from pipelines.data.store import CHECKPOINT, Dataset, open_local_files, read_manifest
 from pipelines.data.units import ListedUnits, Pool, run_units
 from pipelines.errors import InputError, Refused
 from pipelines.evaluation.measuring import ClipMeasurer, EvaluationWorker
@@ -63,14 +63,14 @@ class MakeWorker:
         return EvaluationWorker(features, measurer)
 
     def _measurer(self, spec: ClipSpec, device: torch.device) -> ClipMeasurer:
-        reward, _ = open_files(self.inputs.reward, CHECKPOINT)
+        reward, _ = open_local_files(self.inputs.reward, CHECKPOINT)
         policy = None
         if self.settings.needs_policy and self.inputs.policy is not None:
-            folder, _ = open_files(self.inputs.policy, CHECKPOINT, only=POLICY_FILES)
-            policy = Policy.load(folder.local_path(), device)
+            folder, _ = open_local_files(self.inputs.policy, CHECKPOINT, only=POLICY_FILES)
+            policy = Policy.load(folder, device)
         return ClipMeasurer(
             policy=policy,
-            reward=Reward.load(reward.local_path(), device),
+            reward=Reward.load(reward, device),
             codec=build_codec(spec.name, device, self.codec.folder),
             spec=spec,
             settings=self.settings,
@@ -97,9 +97,7 @@ def evaluate(
     """
     features = Dataset.open(inputs.features, FEATURES)
     require_pictures(features, (settings.split,), "the reward")
-    fingerprints = {"features": features.fingerprint, "reward": open_files(inputs.reward, CHECKPOINT)[1]["fingerprint"]}
-    if settings.needs_policy:
-        fingerprints["policy"] = _check_policy(inputs.policy, features)
+    fingerprints = _check_inputs(inputs, settings, features)
     codec = open_codec(inputs.weights, features.spec, features, inputs.policy)
     units = plan_units(features, settings)
 
@@ -142,13 +140,22 @@ def evaluate(
     return outcome
 
 
+def _check_inputs(inputs: EvaluationInputs, settings: EvaluationSettings, features: Dataset) -> dict[str, str]:
+    """Fingerprints of the inputs by role; raises InputError where one is missing or does not fit the features."""
+    reward = open_local_files(inputs.reward, CHECKPOINT)[1]
+    fingerprints = {"features": features.fingerprint, "reward": reward["fingerprint"]}
+    if settings.needs_policy:
+        fingerprints["policy"] = _check_policy(inputs.policy, features)
+    return fingerprints
+
+
 def _check_policy(location: str | None, features: Dataset) -> str:
     """The policy's fingerprint; raises InputError where it is not for the features' clips."""
     if location is None:
         raise InputError("--policy is missing: this subject samples from one")
-    folder, manifest = open_files(location, CHECKPOINT, only=POLICY_FILES)
+    folder, manifest = open_local_files(location, CHECKPOINT, only=POLICY_FILES)
     try:
-        spec_name = load_config(folder.local_path(CONFIG_FILE), KIND).get("spec")
+        spec_name = load_config(folder / CONFIG_FILE, KIND).get("spec")
     except ValueError as error:
         raise InputError(f"{location} is not a policy: {error}") from error
     if features.spec != SPECS.get(str(spec_name)):

@@ -16,7 +16,7 @@ import torch
 from models.reward import Reward
 from pipelines.data.contracts import FEATURES
 from pipelines.data.pictures import require_pictures
-from pipelines.data.store import CHECKPOINT, Dataset, files_manifest, open_files, read_manifest
+from pipelines.data.store import CHECKPOINT, Dataset, files_manifest, open_files, open_local_files, read_manifest
 from pipelines.errors import InputError
 from pipelines.evaluation.evaluate import read_scores
 from pipelines.evaluation.gates import Gate, GateReport, ground_truth_shares, measure
@@ -60,7 +60,7 @@ def check_reward(
     """
     features = Dataset.open(inputs.features, FEATURES)
     require_pictures(features, (split,), "the reward")
-    reward_folder, reward_manifest = open_files(inputs.reward, CHECKPOINT)
+    reward_folder, reward_manifest = open_local_files(inputs.reward, CHECKPOINT)
     fingerprints = {"features": features.fingerprint, "reward": reward_manifest["fingerprint"]}
     for name, place in (("scores", inputs.scores), ("truth_scores", inputs.truth_scores)):
         if place is not None:
@@ -69,7 +69,7 @@ def check_reward(
 
     def body(context: StageContext) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        reward = Reward.load(reward_folder.local_path(), device)
+        reward = Reward.load(reward_folder, device)
         pairs = ((frames.to(device), wave.to(device), rate) for frames, wave, rate in real_pairs(features, split))
         try:
             report = measure(reward, pairs)

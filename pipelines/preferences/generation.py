@@ -25,7 +25,7 @@ from models.weights import load_config
 from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, PAIRS
 from pipelines.data.pictures import require_pictures
-from pipelines.data.store import CHECKPOINT, Dataset, open_files, read_manifest
+from pipelines.data.store import CHECKPOINT, Dataset, open_local_files, read_manifest
 from pipelines.data.units import ListedUnits, Pool, Unit, run_units
 from pipelines.errors import InputError, Refused
 from pipelines.frozen import FrozenNetworks, open_codec
@@ -65,12 +65,12 @@ class MakePairWorker:
     def __call__(self, device: torch.device) -> PairWorker:
         """Load the models onto a device."""
         features = Dataset.open(self.inputs.features, FEATURES)
-        policy, _ = open_files(self.inputs.policy, CHECKPOINT, only=POLICY_FILES)
-        reward, _ = open_files(self.inputs.reward, CHECKPOINT)
+        policy, _ = open_local_files(self.inputs.policy, CHECKPOINT, only=POLICY_FILES)
+        reward, _ = open_local_files(self.inputs.reward, CHECKPOINT)
         spec = features.spec
         codec = build_codec(spec.name, device, self.codec.folder)
-        ranker = Ranker(Reward.load(reward.local_path(), device), codec, spec.sample_rate_hz, device)
-        maker = PairMaker(Policy.load(policy.local_path(), device), ranker, spec, self.settings)
+        ranker = Ranker(Reward.load(reward, device), codec, spec.sample_rate_hz, device)
+        maker = PairMaker(Policy.load(policy, device), ranker, spec, self.settings)
         policy_fingerprint, reward_fingerprint = self.lineage
         lineage = {
             "policy": policy_fingerprint,
@@ -146,14 +146,14 @@ def check_inputs(inputs: PairInputs, features: Dataset) -> dict[str, str]:
             f"with --split (with --split train the reward ranks clips it was trained on, which the manifest records)"
         )
     require_pictures(features, (inputs.split,), "the reward")
-    policy_folder, policy = open_files(inputs.policy, CHECKPOINT, only=POLICY_FILES)
-    reward_folder, reward = open_files(inputs.reward, CHECKPOINT)
+    policy_folder, policy = open_local_files(inputs.policy, CHECKPOINT, only=POLICY_FILES)
+    reward_folder, reward = open_local_files(inputs.reward, CHECKPOINT)
     try:
-        spec_name = load_config(policy_folder.local_path(policies.CONFIG_FILE), policies.KIND).get("spec")
+        spec_name = load_config(policy_folder / policies.CONFIG_FILE, policies.KIND).get("spec")
     except ValueError as error:
         raise InputError(f"{inputs.policy} is not a policy: {error}") from error
     try:
-        load_config(reward_folder.local_path(rewards.CONFIG_FILE), rewards.KIND)
+        load_config(reward_folder / rewards.CONFIG_FILE, rewards.KIND)
     except ValueError as error:
         raise InputError(f"{inputs.reward} is not a reward: {error}") from error
     if SPECS.get(str(spec_name)) != features.spec:

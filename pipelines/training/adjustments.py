@@ -8,12 +8,12 @@ the stage's fingerprint, stay what was asked for. Decisions are only ever added,
 import json
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.training.checkpoints import write_durably
+from pipelines.data.storage import Location, open_folder
+from pipelines.training.checkpoints import write_json
 from pipelines.training.order import BatchPlan
 
 FILE = "adjustments.json"
@@ -127,13 +127,14 @@ def order_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint32)[0])
 
 
-def read_adjustments(folder: Path) -> Adjustments:
+def read_adjustments(folder: Location) -> Adjustments:
     """Return what is recorded in a folder of checkpoints; nothing where there is no record."""
-    path = folder / FILE
-    return Adjustments.from_json(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+    try:
+        return Adjustments.from_json(json.loads(open_folder(folder).read_bytes(FILE)))
+    except FileNotFoundError:
+        return Adjustments()
 
 
-def write_adjustments(folder: Path, adjustments: Adjustments) -> None:
+def write_adjustments(folder: Location, adjustments: Adjustments) -> None:
     """Record them for good: what was there, or all of it. Several ranks may write the same at once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / FILE, adjustments.to_json())
+    write_json(open_folder(folder), FILE, adjustments.to_json())

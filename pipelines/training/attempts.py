@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
+from pipelines.data.storage import Location
 from pipelines.errors import EnvironmentFailed
 from pipelines.training.adjustments import MemoryRanOut, RollBack, StartAgain
 from pipelines.training.out_of_memory import halve_micro_batch, is_out_of_memory, release_memory
@@ -24,7 +24,7 @@ class Attempt:
 
 
 def repeat(
-    body: Callable[[Attempt], Result], *, out: str, checkpoints: Path, loss_is_mean: bool, world: World
+    body: Callable[[Attempt], Result], *, out: str, checkpoints: Location, loss_is_mean: bool, world: World
 ) -> Result:
     """Call `body` until it returns; it goes on from the newest of the `checkpoints` of `out`, and frees what it took.
 
@@ -49,7 +49,7 @@ def repeat(
 
 
 def _once(
-    body: Callable[[Attempt], Result], cause: RollBack | None, out: str, checkpoints: Path, loss_is_mean: bool
+    body: Callable[[Attempt], Result], cause: RollBack | None, out: str, checkpoints: Location, loss_is_mean: bool
 ) -> Result:
     attempt = Attempt(cause)
     try:

@@ -1,19 +1,22 @@
 """Which checkpoints exist, which of them can be trusted, and which may go.
 
 A checkpoint is a folder `step_<n>-<attempt>` that all ranks write into; it counts only once its `COMPLETE` file lies
-there, which names every file with its size and sha256. It is published last, by a rename, so a kill at any
+there, which names every file with its size and sha256. It is published last and at once, so a kill at any
 moment leaves either a whole checkpoint or one that is skipped with the reason. A resumed run never
 writes into a folder of an earlier attempt. Until then the ranks tell each other by receipts that lie in the folder.
+
+All of it lies on a mounted folder or in an object store, from where a checkpoint is copied to this machine to be read.
 """
 
-import hashlib
 import json
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pipelines.data.local_copies import Listed, copy_of, forget, place_of
+from pipelines.data.storage import Folder, Location, open_folder
+from pipelines.errors import ContractError
 
 COMPLETE = "COMPLETE"
 FOLDER = re.compile(r"step_(\d{8})-(\d+)")
@@ -24,7 +27,7 @@ WEIGHTS = re.compile(r"weights_\d{5}_of_\d{5}\.safetensors")
 class Checkpoint:
     """One published checkpoint."""
 
-    path: Path
+    folder: Folder
     step: int
     world_size: int
     metric: float | None
@@ -34,7 +37,32 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.path.name
+        return self.folder.uri.rsplit("/", 1)[-1]
+
+    @property
+    def path(self) -> Path:
+        """Where its files can be opened: on a mounted folder where they lie, else where `fetch` copies them to."""
+        return self.folder.local_path() if self.folder.is_local else place_of(self._listed)
+
+    def fetch(self, *, trusting: bool = False) -> None:
+        """Have its files at `path`; nothing on a mounted folder.
+
+        `trusting`: another process of this machine has verified what lies there just now.
+
+        Raises:
+            ContractError: a file is not what `COMPLETE` says.
+        """
+        if not self.folder.is_local:
+            copy_of(self.folder, self._listed, trusting=trusting)
+
+    def release(self) -> None:
+        """Delete what `fetch` copied, once every rank has read it."""
+        if not self.folder.is_local:
+            forget(self.path)
+
+    @property
+    def _listed(self) -> list[Listed]:
+        return [Listed(name, entry["size_bytes"], entry["sha256"]) for name, entry in self.files.items()]
 
 
 @dataclass(frozen=True)
@@ -45,15 +73,16 @@ class Skipped:
     reason: str
 
 
-def folder_name(root: Path, step: int) -> str:
+def folder_name(root: Location, step: int) -> str:
     """Return the name of a fresh folder for `step`: one attempt above every folder that lies there for it."""
-    attempts = [attempt for other, attempt in map(_parse, _folders(root)) if other == step]
+    attempts = [attempt for other, attempt in map(_parse, _folders(open_folder(root))) if other == step]
     return f"step_{step:08d}-{max(attempts, default=0) + 1}"
 
 
-def digest_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+def digest_files(folder: Location, names: list[str]) -> dict[str, dict[str, Any]]:
     """Return {name: {size_bytes, sha256}} of files inside `folder`."""
-    return {name: {"size_bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+    place = open_folder(folder)
+    return {name: {"size_bytes": place.size_bytes(name), "sha256": place.sha256(name)} for name in names}
 
 
 def weights_name(rank: int, world_size: int) -> str:
@@ -66,21 +95,15 @@ def is_weights(name: str) -> bool:
     return WEIGHTS.fullmatch(name) is not None
 
 
-def sync(path: Path) -> None:
-    """Bring a written file to the disk; raises OSError."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def publish_receipt(folder: Location, rank: int, files: dict[str, dict[str, Any]], *, error: str | None) -> None:
+    """Tell rank 0 that this rank's files are on the storage, or why they are not."""
+    write_json(open_folder(folder), _receipt(rank), {"files": files, "error": error})
 
 
-def publish_receipt(folder: Path, rank: int, files: dict[str, dict[str, Any]], *, error: str | None) -> None:
-    """Tell rank 0 that this rank's files are on the disk, or why they are not."""
-    write_durably(folder / _receipt(rank), {"files": files, "error": error})
-
-
-def read_receipt(folder: Path, rank: int) -> dict[str, dict[str, Any]] | None:
+def read_receipt(folder: Location, rank: int) -> dict[str, dict[str, Any]] | None:
     """Return the files of a rank, or None while it writes; raises OSError with what the rank met."""
     try:
-        content = json.loads((folder / _receipt(rank)).read_text(encoding="utf-8"))
+        content = json.loads(open_folder(folder).read_bytes(_receipt(rank)))
     except FileNotFoundError:
         return None
     if content["error"] is not None:
@@ -92,30 +115,30 @@ def _receipt(rank: int) -> str:
     return f"receipt_{rank:05d}.json"
 
 
-def write_durably(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON by a rename, on the disk before it: what was there, or all of it. Several ranks may do so at once."""
-    pending = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with pending.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    pending.replace(path)
+def write_json(folder: Folder, name: str, content: dict[str, Any]) -> None:
+    """Write JSON for good: what was there, or all of it. Several ranks may do so at once."""
+    folder.write_bytes(name, json.dumps(content, indent=1).encode())
 
 
 def publish(
-    folder: Path, *, step: int, world_size: int, metric: float | None, files: dict[str, dict[str, Any]]
+    folder: Location, *, step: int, world_size: int, metric: float | None, files: dict[str, dict[str, Any]]
 ) -> Checkpoint:
-    """Make a written folder a checkpoint: fsync its `COMPLETE` under another name, then rename it."""
+    """Make a written folder a checkpoint: its `COMPLETE` is there all at once, and last."""
     content = {"step": step, "world_size": world_size, "metric": metric, "files": files}
-    write_durably(folder / COMPLETE, content)
-    return Checkpoint(folder, step, world_size, metric, files)
+    place = open_folder(folder)
+    write_json(place, COMPLETE, content)
+    return Checkpoint(place, step, world_size, metric, files)
 
 
-def newest_complete(root: Path) -> tuple[Checkpoint | None, list[Skipped]]:
-    """Return the newest checkpoint whose every file is there with its size and sha256, and what was skipped."""
+def newest_complete(root: Location) -> tuple[Checkpoint | None, list[Skipped]]:
+    """Return the newest checkpoint whose every file is there with its size and sha256, and what was skipped.
+
+    Of an object store it has been fetched: a file is read once, to be copied and verified.
+    """
+    place = open_folder(root)
     skipped: list[Skipped] = []
-    for name in sorted(_folders(root), key=_parse, reverse=True):
-        checkpoint, reason = _open(root / name)
+    for name in sorted(_folders(place), key=_parse, reverse=True):
+        checkpoint, reason = _open(place, name)
         if checkpoint is not None:
             reason = _first_fault(checkpoint)
             if reason is None:
@@ -124,12 +147,14 @@ def newest_complete(root: Path) -> tuple[Checkpoint | None, list[Skipped]]:
     return None, skipped
 
 
-def retain(root: Path, keep_last: int, keep_every: int = 0) -> None:
+def retain(root: Location, keep_last: int, keep_every: int = 0) -> None:
     """Delete all but the newest `keep_last` checkpoints, the best one, and those of every `keep_every` steps (0: none).
 
     Broken folders older than the newest checkpoint go too: nothing can ever use them.
     """
-    complete = [checkpoint for name in _folders(root) if (checkpoint := _open(root / name)[0]) is not None]
+    place = open_folder(root)
+    names = _folders(place)
+    complete = [checkpoint for name in names if (checkpoint := _open(place, name)[0]) is not None]
     complete.sort(key=lambda checkpoint: _parse(checkpoint.name))
     keep = {checkpoint.name for checkpoint in complete[-keep_last:]}
     measured = [checkpoint for checkpoint in complete if checkpoint.metric is not None]
@@ -137,14 +162,15 @@ def retain(root: Path, keep_last: int, keep_every: int = 0) -> None:
         keep.add(min(measured, key=lambda checkpoint: checkpoint.metric or 0.0).name)
     if keep_every > 0:
         keep |= {checkpoint.name for checkpoint in complete if checkpoint.step % keep_every == 0}
-    for name in _folders(root):
+    for name in names:
         if name not in keep and complete and _parse(name) < _parse(complete[-1].name):
-            shutil.rmtree(root / name, ignore_errors=True)
+            place.delete_tree(name)
 
 
-def _open(folder: Path) -> tuple[Checkpoint | None, str | None]:
+def _open(root: Folder, name: str) -> tuple[Checkpoint | None, str | None]:
     try:
-        content = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        content = json.loads(root.read_bytes(f"{name}/{COMPLETE}"))
+        folder = open_folder(f"{root.uri}/{name}")
         return (
             Checkpoint(folder, content["step"], content["world_size"], content["metric"], content["files"]),
             None,
@@ -156,21 +182,27 @@ def _open(folder: Path) -> tuple[Checkpoint | None, str | None]:
 
 
 def _first_fault(checkpoint: Checkpoint) -> str | None:
+    sizes = checkpoint.folder.list_infos(recursive=True)
     for name, expected in checkpoint.files.items():
-        path = checkpoint.path / name
-        if not path.is_file():
+        if name not in sizes:
             return f"{name} is missing"
-        if path.stat().st_size != expected["size_bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['size_bytes']}"
-        if _sha256(path) != expected["sha256"]:
+        if sizes[name] != expected["size_bytes"]:
+            return f"{name} has {sizes[name]} bytes instead of {expected['size_bytes']}"
+    if not checkpoint.folder.is_local:
+        try:
+            checkpoint.fetch()
+        except ContractError as error:
+            checkpoint.release()
+            return str(error)
+        return None
+    for name, expected in checkpoint.files.items():
+        if checkpoint.folder.sha256(name) != expected["sha256"]:
             return f"{name} does not have the recorded sha256"
     return None
 
 
-def _folders(root: Path) -> list[str]:
-    if not root.is_dir():
-        return []
-    return [path.name for path in root.iterdir() if path.is_dir() and FOLDER.fullmatch(path.name)]
+def _folders(root: Folder) -> list[str]:
+    return [name for name in root.list_names() if FOLDER.fullmatch(name)]
 
 
 def _parse(name: str) -> tuple[int, int]:
@@ -178,8 +210,3 @@ def _parse(name: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"{name} is not the name of a checkpoint")
     return int(match[1]), int(match[2])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

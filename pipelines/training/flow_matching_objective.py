@@ -17,9 +17,9 @@ from torch import Tensor
 from models.flow_matching import flow_matching_loss, interpolate, sample_condition_drops, sample_times
 from models.lora import add_adapters
 from models.mmdit import SIZES
-from models.policy import Policy
+from models.policy import POLICY_FILES, Policy
 from pipelines.data.contracts import FEATURES
-from pipelines.data.store import Dataset
+from pipelines.data.store import CHECKPOINT, Dataset, local_folder
 from pipelines.data.tables import column_to_numpy
 from pipelines.training.objective import Batch, Data, DataMix, DataRef, Draws, Exported, Gather, Trainee
 from pipelines.training.options import Execution, LoRA
@@ -58,7 +58,7 @@ def load_for_training(start: str, device: torch.device, lora: LoRA | None, seed:
 
     Weights go from the file to the device, never through a second copy in the host's memory.
     """
-    policy = Policy.load(Path(start), device)
+    policy = Policy.load(local_folder(start, CHECKPOINT, only=POLICY_FILES), device)
     if lora is not None:
         add_adapters(policy.network, lora.rank, lora.alpha, seed)
     if execution.activation_checkpointing:

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.errors import InputError
-from pipelines.training.checkpoints import sync
 
 WEIGHT, STEP, BUFFER = "weight", "step", "buffer"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -45,10 +44,8 @@ class HostCopy:
     shapes: dict[str, list[int]]
 
     def write(self, path: Path) -> None:
-        """Write one safetensors file and have it on the disk; raises OSError or SafetensorError."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write one safetensors file; raises OSError or SafetensorError."""
         save_file(self.tensors, path, metadata={SHAPES: json.dumps(self.shapes)})
-        sync(path)
 
 
 def copy_to_host(slices: list[Slice], buffers: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> HostCopy:

@@ -8,14 +8,14 @@ the journal of an interrupted run equals that of an uninterrupted one.
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.data.storage import open_folder
 from pipelines.errors import EnvironmentFailed
 from pipelines.training import checkpoints
 from pipelines.training.adjustments import (
@@ -36,13 +36,14 @@ from pipelines.training.journal import Journal
 from pipelines.training.objective import Batch, Objective
 from pipelines.training.options import TrainingOptions
 from pipelines.training.preflight import check_machine
+from pipelines.training.run_state import Progress
 from pipelines.training.snapshots import Snapshots
 from pipelines.training.timing import StepClock, StepMeter
 from pipelines.training.validation import Validation
+from pipelines.training.workplace import Workplace
 from pipelines.training.world import Report, World
 
 CHECKPOINTS = "checkpoints"
-JOURNAL = "metrics.jsonl"
 FIRST_ALARM = "first alarm"
 
 
@@ -53,7 +54,7 @@ class TrainingOrder:
     objective: Objective
     options: TrainingOptions
     out: str
-    """Folder on storage that all workers see."""
+    """Folder on storage that all workers see, a path or a URI."""
 
     @property
     def stall_timeout_s(self) -> float | None:
@@ -79,28 +80,6 @@ class TrainingResult:
     """Why it ended before its last step (an alarm under strict guards); None if it did not."""
     notes: list[str]
     """Broken checkpoints that were passed over, rollbacks, smaller micro batches, alarms."""
-
-
-@dataclass
-class Progress:
-    """What a checkpoint remembers besides weights and optimizer."""
-
-    step: int = 0
-    samples: int = 0
-    skipped_steps: int = 0
-    bad_run: int = 0
-    """Skipped steps in a row, up to now."""
-    skipped_spikes: int = 0
-    """Of the skipped steps those in which everything was finite."""
-    recent: dict[str, list[float]] = field(default_factory=dict)
-    """The windows of `SpikeGuard`; empty where it is off."""
-    adjustments: dict[str, Any] = field(default_factory=dict)
-    """`Adjustments.to_json()`."""
-    num_average_updates: int = 0
-    last_validation: dict[str, float] = field(default_factory=dict)
-    stopped: str | None = None
-    notes: list[str] = field(default_factory=list)
-    watch: dict[str, float] = field(default_factory=dict)
 
 
 def train(order: TrainingOrder, world: World, report: Report) -> TrainingResult | None:
@@ -129,7 +108,7 @@ def train(order: TrainingOrder, world: World, report: Report) -> TrainingResult 
         finally:
             run.close()
 
-    checkpoints_of_order = Path(order.out) / CHECKPOINTS
+    checkpoints_of_order = f"{order.out}/{CHECKPOINTS}"
     loss_is_mean = order.objective.loss_is_mean
     return repeat(body, out=order.out, checkpoints=checkpoints_of_order, loss_is_mean=loss_is_mean, world=world)
 
@@ -139,7 +118,7 @@ class _Run:
         self.order, self.world, self.report = order, world, report
         world.pulse.at(0, "start")
         self.objective, self.options = order.objective, order.options
-        self.root = Path(order.out) / CHECKPOINTS
+        self.root = open_folder(f"{order.out}/{CHECKPOINTS}")
         self.progress = Progress()
         self.learning_rate = self.options.learning_rates()
         self.guard = SpikeGuard(self.options.spike_factor)
@@ -163,6 +142,7 @@ class _Run:
         self.average = Average(self.engine, self.options)
         self.snapshots = Snapshots(self.root, world, self.engine, self.options)
         self.journal: Journal | None = None
+        self.place = Workplace(order.out)
         self.prefetched: Prefetched | None = None
 
     def restore(self, cause: RollBack | None = None) -> None:
@@ -170,11 +150,14 @@ class _Run:
 
         `cause`: why a run in this process went back to it.
         """
-        self.world.pulse.at(0, "restore")
+        if self.place.is_scratch:
+            # Not watched: to fetch a checkpoint takes as long as the network does.
+            self.world.pulse.rest()
+        else:
+            self.world.pulse.at(0, "restore")
         found, skipped = self.world.share(checkpoints.newest_complete(self.root) if self.world.is_main else (None, []))
         if found is not None:
-            self.progress = Progress(**self.snapshots.load(found, self.average.weights))
-            self.engine.trainee.load_watch_state(self.progress.watch)
+            self._load(found)
         self._adjust(cause)
         notes = [f"checkpoint {broken.name} passed over: {broken.reason}" for broken in skipped]
         if self.objective.probe_every and not self._probes():
@@ -183,7 +166,16 @@ class _Run:
         self.world.pulse.at(self.progress.step, "journal")
         self.progress.notes.extend(note for note in notes if note not in self.progress.notes)
         if self.world.is_main:
-            self.journal = Journal(Path(self.order.out) / JOURNAL, self.progress.step)
+            self.journal = Journal(self.place.journal, self.progress.step)
+
+    def _load(self, found: checkpoints.Checkpoint) -> None:
+        self.progress = Progress(**self.snapshots.load(found, self.average.weights))
+        self.engine.trainee.load_watch_state(self.progress.watch)
+        if self.place.is_scratch:
+            if self.world.is_main:
+                self.place.take_journal(found.path)
+            self.world.collect(None)  # Until every rank has read it.
+            found.release()
 
     def steps(self) -> None:
         """Take the remaining steps."""
@@ -232,7 +224,7 @@ class _Run:
             if not self.world.is_main:
                 return None
             self.engine.train(False)
-            exported = self.objective.export(self.engine.trainee, Path(self.order.out))
+            exported = self.place.export(self.objective, self.engine.trainee)
         progress = self.progress
         return TrainingResult(
             steps=progress.step,
@@ -250,6 +242,7 @@ class _Run:
             self.prefetched.close()
         if self.journal is not None:
             self.journal.close()
+        self.place.close()
         self.engine.close()
 
     def _step(self, step: int, batches: Iterator[Batch], probing: bool) -> tuple[dict[str, float], StepOutcome]:
@@ -375,7 +368,9 @@ class _Run:
         """Begin a checkpoint; it is written beside the next steps."""
         self.progress.watch = self.engine.trainee.watch_state()
         self.progress.num_average_updates = self.average.num_updates
-        self.snapshots.save(vars(self.progress), self.average.weights, self.progress.last_validation.get("val_loss"))
+        cut = self.journal.cut() if self.journal is not None and self.place.is_scratch else None
+        metric = self.progress.last_validation.get("val_loss")
+        self.snapshots.save(vars(self.progress), self.average.weights, metric, cut)
 
     def _probes(self) -> bool:
         """Not under ZeRO-3: only one backward, the engine's own, fetches the weights that are dealt out there."""

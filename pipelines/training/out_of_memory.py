@@ -6,10 +6,10 @@ in more micro batches. What the kernel's OOM killer ends is no error of ours: th
 """
 
 import gc
-from pathlib import Path
 
 import torch
 
+from pipelines.data.storage import Location
 from pipelines.errors import EnvironmentFailed, PipelineError
 from pipelines.training.adjustments import MemoryRanOut, read_adjustments, write_adjustments
 
@@ -29,7 +29,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_plain and any(text in str(error) for text in TEXTS)
 
 
-def halve_micro_batch(out: str, folder: Path, micro_size: int, *, loss_is_mean: bool) -> MemoryRanOut:
+def halve_micro_batch(out: str, folder: Location, micro_size: int, *, loss_is_mean: bool) -> MemoryRanOut:
     """Record that micro batches of `micro_size` samples did not fit; return what the rank is to raise.
 
     Args:

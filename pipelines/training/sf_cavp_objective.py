@@ -18,17 +18,20 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from models.codec import Codec, build_codec
+from models.pretrained import codec_roles
 from models.reward import Reward
 from models.sf_cavp import SAMPLE_RATE_HZ, SF_CAVP_SIZES, SFCAVP, parameter_groups
 from models.sf_cavp_losses import LOSS_CONFIGS, LossConfig, draw_uniforms, sf_cavp_loss
+from models.spec import SPECS
 from models.weights import load_strict, load_weights, save_weights
 from pipelines.data.contracts import FEATURES
 from pipelines.data.media_write import decode_flac
-from pipelines.data.store import Dataset
+from pipelines.data.store import CHECKPOINT, Dataset, local_folder
 from pipelines.data.tables import column_to_numpy
 from pipelines.errors import ContractError, InputError
 from pipelines.evaluation.gates import measure
 from pipelines.evaluation.real_pairs import real_pairs
+from pipelines.frozen import networks_folder
 from pipelines.training.batches import RowGroups
 from pipelines.training.objective import Batch, DataRef, Draws, Exported, Gather, Trainee
 from pipelines.training.order import GlobalOrder
@@ -61,7 +64,7 @@ def decode_wave(flac: bytes, rate_hz: int) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _codec(spec_name: str, weights: str | None) -> Codec:
-    return build_codec(spec_name, "cpu", None if weights is None else Path(weights))
+    return build_codec(spec_name, "cpu", networks_folder(weights, codec_roles(SPECS[spec_name], decoding=True)))
 
 
 class SFCAVPTrainee(Trainee):
@@ -126,7 +129,7 @@ class SFCAVPObjective:
     def build(self, device: torch.device) -> Trainee:
         """Load the starting model."""
         model = SFCAVP(SF_CAVP_SIZES[self.size])
-        path = Path(self.start) / START_FILE
+        path = local_folder(self.start, CHECKPOINT) / START_FILE
         load_strict(model, load_weights(path), str(path))
         return SFCAVPTrainee(model.to(device), LOSS_CONFIGS[self.size])
 

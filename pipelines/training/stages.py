@@ -5,7 +5,6 @@ Once the manifest names the exported files, the checkpoints and the start are of
 """
 
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,25 +19,26 @@ from models.weights import load_config
 from pipelines.cluster import connect
 from pipelines.data.contracts import FEATURES, PAIRS
 from pipelines.data.pictures import require_pictures
-from pipelines.data.store import CHECKPOINT, Dataset, files_manifest, open_files
-from pipelines.errors import InputError
+from pipelines.data.storage import open_folder
+from pipelines.data.store import CHECKPOINT, Dataset, files_manifest, open_local_files
+from pipelines.errors import InputError, PipelineError
 from pipelines.frozen import FrozenNetworks, open_codec
 from pipelines.progress import Progress
 from pipelines.stage import Outcome, StageContext, run_stage, stage_run
 from pipelines.tracking import Tracker
 from pipelines.training.flow_matching_objective import FlowMatchingObjective, fit_starting_policy
 from pipelines.training.inputs import check_spec, check_split
-from pipelines.training.journal import read_journal
+from pipelines.training.journal import parse_journal
 from pipelines.training.launch import fit
-from pipelines.training.loop import CHECKPOINTS, JOURNAL, TrainingOrder, TrainingResult
+from pipelines.training.loop import CHECKPOINTS, TrainingOrder, TrainingResult
 from pipelines.training.mixture import Mixture, open_mixture
 from pipelines.training.objective import Objective
 from pipelines.training.options import Execution, LoRA, TrainingOptions
 from pipelines.training.preference_objective import Kind, PreferenceObjective
 from pipelines.training.sf_cavp_objective import SFCAVPObjective, fit_starting_sf_cavp
+from pipelines.training.start import START, made_once
 from pipelines.training.workers import WorkerGroup
-
-START = "start"
+from pipelines.training.workplace import JOURNAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +89,11 @@ def train_sf_cavp(
         codec = open_codec(weights, dataset.spec, dataset, policy=None)
 
     def body(context: StageContext) -> None:
-        start = context.folder.local_path(START)
-        _make_once(start, lambda folder: fit_starting_sf_cavp(size, options.seed, features, train_split, folder))
         objective = SFCAVPObjective(
-            start=str(start),
+            start=made_once(
+                context.folder,
+                lambda folder: fit_starting_sf_cavp(size, options.seed, features, train_split, folder),
+            ),
             features=features,
             size=size,
             sample_rate_hz=dataset.spec.sample_rate_hz,
@@ -155,21 +156,24 @@ def train_mmdit(
     mixture = open_mixture([features] if isinstance(features, str) else features, mix, size, train_split)
     inputs = mixture.inputs
     if init is not None:
-        start, manifest = open_policy(init)
-        if size_of(start) != size:
-            raise InputError(f"--init {init} is a {size_of(start)} and --size says {size}")
+        found, manifest = open_policy(init)
+        if size_of(found) != size:
+            raise InputError(f"--init {init} is a {size_of(found)} and --size says {size}")
         inputs["init"] = manifest["fingerprint"]
     elif SIZES[size].standardise_conditions:
         mixture.require_video_first()
 
     def body(context: StageContext) -> None:
         _tell_mixture(context, mixture, launching.say)
-        start = Path(init) if init is not None else context.folder.local_path(START)
         if init is None:
             first = mixture.first.folder.uri
-            _make_once(start, lambda folder: fit_starting_policy(size, options.seed, first, train_split, folder))
+            start = made_once(
+                context.folder, lambda folder: fit_starting_policy(size, options.seed, first, train_split, folder)
+            )
+        else:
+            start = open_folder(init).uri
         objective = FlowMatchingObjective(
-            start=str(start),
+            start=start,
             features=mixture.members(val_split),
             size=size,
             train_split=train_split,
@@ -215,7 +219,7 @@ def train_rpo(
 
     def body(context: StageContext) -> None:
         objective = PreferenceObjective(
-            start=str(folder),
+            start=open_folder(policy).uri,
             pairs=pairs,
             size=size,
             kind=kind,
@@ -279,8 +283,8 @@ def _train(
     content: Mapping[str, Any],
 ) -> None:
     """Run the loop, finish the artifact, clear up."""
-    folder, tracker = context.folder.local_path(), context.tracker
-    order = TrainingOrder(objective, options, str(folder))
+    tracker = context.tracker
+    order = TrainingOrder(objective, options, context.folder.uri)
     needs_ray = launching.num_workers > 0 and launching.group is None
     label = f"{context.name} ({objective.name})"
     with connect() if needs_ray else nullcontext(), Progress(label=label, total=options.steps) as progress:
@@ -304,14 +308,17 @@ def _train(
             group=launching.group,
         )
     # Whatever an attempt wrote and could not tell before it died; a step that was told is not doubled.
-    for record in read_journal(folder / JOURNAL):
+    for record in parse_journal(context.folder.read_bytes(JOURNAL)):
         tracker.metrics(int(record["step"] or 0), _finite(record))
     for note in result.notes:
         launching.say(f"{context.name}: {note}")
     context.finish({"kind": CHECKPOINT, **content, **_outcome_of(context, result)})
     tracker.tags({"files": ", ".join(result.files), "stopped": str(result.stopped)})
     for name in (CHECKPOINTS, START):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        try:
+            context.folder.delete_tree(name)
+        except PipelineError as error:
+            launching.say(f"{context.name}: {name} is of no more use and could not be deleted: {error}")
 
 
 def _outcome_of(context: StageContext, result: TrainingResult) -> dict[str, Any]:
@@ -333,20 +340,9 @@ def _finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
     }
 
 
-def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Make a folder under another name and rename it: it is there whole, or not at all."""
-    if folder.exists():
-        return
-    pending = folder.with_name(folder.name + ".new")
-    shutil.rmtree(pending, ignore_errors=True)
-    make(pending)
-    pending.rename(folder)
-
-
 def open_policy(location: str) -> tuple[Path, dict[str, Any]]:
     """The folder of a finished policy, its own files verified, and its manifest; raises InputError as `open_files`."""
-    folder, manifest = open_files(location, CHECKPOINT, only=POLICY_FILES)
-    return folder.local_path(), manifest
+    return open_local_files(location, CHECKPOINT, only=POLICY_FILES)
 
 
 def size_of(folder: Path) -> str:

@@ -18,6 +18,7 @@ from models.synchformer import Synchformer
 from models.vae import vae_from_public
 from models.vocoder import BigVGAN
 from models.weights import load_strict
+from pipelines.data.local_files import TEMPORARY_SUFFIX
 from pipelines.data.store import CHECKPOINT, open_files
 from pipelines.errors import EnvironmentFailed, InputError, StageConflict
 from pipelines.imports import import_mmaudio
@@ -181,7 +182,7 @@ def test_a_broken_off_import_goes_on_and_ends_the_same(
         patch.setattr("pipelines.imports.save_config", killed)
         with pytest.raises(KeyboardInterrupt):
             run(files, tmp_path / "m0")
-    (tmp_path / "m0" / "vae.safetensors.partial").write_bytes(b"half")
+    (tmp_path / "m0" / f".vae.safetensors.0{TEMPORARY_SUFFIX}").write_bytes(b"half")
     (tmp_path / "m0" / "vae.safetensors").unlink()
     with pytest.raises(InputError, match="is not finished"):
         open_files(str(tmp_path / "m0"), CHECKPOINT)
