@@ -87,6 +87,8 @@ class ToyTrainee(Trainee):
         objective = self.objective
         time.sleep(objective.step_s)
         step = int(batch["position"].max()) // objective.batch_size
+        while objective.hold_file and step >= objective.hold_from and not Path(objective.hold_file).exists():
+            time.sleep(0.05)
         if bool(batch["poison"].any()):
             return float("nan")
         if step >= objective.hungry_from and objective.batch_size - 1 in batch["position"] % objective.batch_size:
@@ -138,6 +140,11 @@ class ToyObjective:
     """Once, from step `stop_at` on, the rank with the second sample leaves its process id there and hangs."""
     stop_kind: str = "stop"
     """`stop`: the process is stopped; `sleep`: it sleeps for ever and could still be talked to."""
+    hold_from: int = 0
+    hold_file: str = ""
+    """From step `hold_from` on every rank waits until it is there."""
+    keys_folder: str = ""
+    """Where every process leaves which clip it read for which position of a training."""
     kill_at: int = -1
     kill_file: str = ""
     defect_at: int = -1
@@ -166,6 +173,10 @@ class ToyObjective:
         return ToyTrainee(self)
 
     def collate(self, rows: pa.Table, draws: Draws) -> Batch:
+        if self.keys_folder and draws.purpose == "training":
+            with Path(self.keys_folder, f"{os.getpid()}.txt").open("a") as file:
+                lines = zip(draws.positions, rows["clip_id"].to_pylist(), strict=True)
+                file.writelines(f"{position} {clip}\n" for position, clip in lines)
         latent = np.array(column_to_numpy(rows["latent_mean"]), np.float32).mean(axis=1)
         noise = torch.stack([torch.randn(160, generator=generator) for generator in draws.generators()])
         return {
@@ -183,5 +194,13 @@ class ToyObjective:
     def faultless(self) -> "ToyObjective":
         """The same training without any fault."""
         return dataclasses.replace(
-            self, kill_at=-1, kill_file="", bad_steps=(), defect_at=-1, stop_file="", poison=(), big_step=-1
+            self,
+            kill_at=-1,
+            kill_file="",
+            bad_steps=(),
+            defect_at=-1,
+            stop_file="",
+            hold_file="",
+            poison=(),
+            big_step=-1,
         )

@@ -27,6 +27,7 @@ from pipelines.devices import cpu_device
 from pipelines.errors import EnvironmentFailed, InputError, PipelineError
 from pipelines.training.adjustments import MemoryRanOut
 from pipelines.training.stall import Heart, Place, StallBoard
+from pipelines.training.worker_range import NumWorkers, WorkerRange
 from pipelines.training.world import Report, World
 
 Result_co = TypeVar("Result_co", covariant=True)
@@ -39,6 +40,8 @@ POLL_S = 0.2
 START_WARNING_S = 120.0
 FAREWELL_S, BROKEN_OFF_S = 60.0, 3.0
 """How long to wait for idle workers to leave, and for workers that an error left in the middle of a training."""
+RESIZE_CHECK_S = 60.0
+"""How often a group that may grow looks whether there is room for more workers: each growth costs a start."""
 RETRIED = (RuntimeError, OSError)
 """What the death of a peer, a lost node or storage looks like from inside a worker; anything else is a defect."""
 
@@ -65,6 +68,8 @@ class Order(Protocol[Result_co]):
 class _Entry:
     order: Order[Any]
     attempts: int = 0
+    world_size: int = 0
+    """Of the last attempt."""
     board: StallBoard | None = None
     """Of the attempt that runs."""
     named: bool = False
@@ -95,9 +100,9 @@ class OrderBook:
         self._entries.append(_Entry(order))
         return len(self._entries) - 1
 
-    def enrol(self, rank: int, node_id: str) -> None:
-        """Note on which node a rank runs."""
-        self._nodes[rank] = node_id
+    def enrol(self, rank: int, world_size: int, node_id: str) -> None:
+        """Note on which node a rank runs; ranks of a larger group before are gone."""
+        self._nodes = {other: node for other, node in self._nodes.items() if other < world_size} | {rank: node_id}
 
     def nodes(self) -> dict[int, str]:
         """Return the node id of every rank that has enrolled."""
@@ -116,10 +121,15 @@ class OrderBook:
                 return "work", number, self._entries[number].order
         return "wait", -1, None
 
-    def begin(self, number: int) -> bool:
-        """Count an attempt; False, and the order fails, when there were too many."""
+    def begin(self, number: int, world_size: int = 1) -> bool:
+        """Count an attempt; False, and the order fails, when there were too many.
+
+        One that comes with more ranks than the last counts in its place: that was ended to make room for them.
+        """
         entry = self._entries[number]
-        entry.attempts += 1
+        has_grown = 0 < entry.world_size < world_size and not entry.excused
+        entry.attempts += not has_grown
+        entry.world_size = world_size
         if entry.attempts > self._max_failures + 1 and entry.is_open:
             entry.error = (
                 f"{entry.order.out}: the workers died {self._max_failures + 1} times in this work; "
@@ -179,9 +189,9 @@ class OrderBook:
 class WorkerGroup:
     """The driver's handle of a running group."""
 
-    def __init__(self, book: Any, thread: threading.Thread, failure: list[BaseException], num_workers: int) -> None:
+    def __init__(self, book: Any, thread: threading.Thread, failure: list[BaseException], workers: WorkerRange) -> None:
         self._book, self._thread, self._failure = book, thread, failure
-        self.num_workers = num_workers
+        self.workers = workers
 
     def nodes(self) -> dict[int, str]:
         """Return the Ray node id of every rank that has started."""
@@ -220,26 +230,28 @@ class WorkerGroup:
                 warned = True
             elif not warned and time.monotonic() - placed > START_WARNING_S:
                 warned = True
-                logging.getLogger(__name__).warning("still waiting for %d training workers", self.num_workers)
+                logging.getLogger(__name__).warning("still waiting for %s training workers", self.workers)
             time.sleep(POLL_S)
 
 
 @contextmanager
 def warm_workers(
-    num_workers: int,
+    num_workers: NumWorkers,
     *,
     cpus_per_worker: float = 1,
     gpus_per_worker: int | None = None,
     max_failures: int = DEFAULT_MAX_FAILURES,
+    resize_check_s: float = RESIZE_CHECK_S,
 ) -> Iterator[WorkerGroup]:
     """Keep a group of training workers inside the block; they start at once, in the background.
 
     Args:
-        num_workers: processes; with GPUs packed on few nodes, otherwise spread over the nodes.
+        num_workers: processes, or a range of them; with GPUs packed on few nodes, otherwise spread over the nodes.
         cpus_per_worker: what each reserves; `IDLE_CPUS` for a group that lies idle while other stages run.
         gpus_per_worker: 0 or 1; None is 1 where the cluster has so many now. With 1 the group waits for a cluster that
             is still growing.
         max_failures: how often one training may lose its workers.
+        resize_check_s: how often a range looks whether there is room for more.
 
     Raises:
         InputError: the cluster can never hold the group.
@@ -249,19 +261,21 @@ def warm_workers(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    gpu = cluster_gpus() >= num_workers if gpus_per_worker is None else gpus_per_worker > 0
-    if gpus_per_worker != 1 and cluster_cpus() < num_workers * cpus_per_worker:
+    workers = WorkerRange.of(num_workers)
+    gpu = cluster_gpus() >= workers.least if gpus_per_worker is None else gpus_per_worker > 0
+    if gpus_per_worker != 1 and cluster_cpus() < workers.least * cpus_per_worker:
         raise InputError(
-            f"--num-workers {num_workers}: the cluster has {cluster_cpus():g} CPUs and {cluster_gpus():g} GPUs; "
+            f"--num-workers {workers}: the cluster has {cluster_cpus():g} CPUs and {cluster_gpus():g} GPUs; "
             "on one that grows when asked, give --gpus-per-worker 1"
         )
     scratch = tempfile.mkdtemp(prefix="workers-")
     book: Any = ray.remote(OrderBook).options(num_cpus=0).remote(max_failures)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"book": book, "gpu": gpu},
+        train_loop_config={"book": book, "gpu": gpu, "most": workers.most if workers.is_elastic else None},
         scaling_config=ScalingConfig(
-            num_workers=num_workers,
+            num_workers=(workers.least, workers.most) if workers.is_elastic else workers.most,
+            elastic_resize_monitor_interval_s=resize_check_s,
             use_gpu=gpu,
             resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpu else {})},
             placement_strategy="PACK" if gpu else "SPREAD",
@@ -286,7 +300,7 @@ def warm_workers(
     thread.start()
     patience_s = BROKEN_OFF_S
     try:
-        yield WorkerGroup(book, thread, failure, num_workers)
+        yield WorkerGroup(book, thread, failure, workers)
         patience_s = FAREWELL_S
     finally:
         ray.get(book.close.remote())
@@ -308,8 +322,8 @@ def _work(config: dict[str, Any]) -> None:
         assert isinstance(device, torch.device)
     else:
         device = cpu_device()
-    world = World(context.get_world_rank(), context.get_world_size(), device)
-    ray.get(book.enrol.remote(world.rank, ray.get_runtime_context().get_node_id()))
+    world = World(context.get_world_rank(), context.get_world_size(), device, most=config["most"])
+    ray.get(book.enrol.remote(world.rank, world.size, ray.get_runtime_context().get_node_id()))
     number = -1
     while True:
         what, found, order = ray.get(book.next.remote(number))
@@ -325,7 +339,7 @@ def _work(config: dict[str, Any]) -> None:
 def _do(book: Any, number: int, order: Order[Any], world: World) -> None:
     import ray
 
-    may_start = world.share(ray.get(book.begin.remote(number)) if world.is_main else None)
+    may_start = world.share(ray.get(book.begin.remote(number, world.size)) if world.is_main else None)
     if not may_start:
         return
     try:

@@ -1,0 +1,86 @@
+"""The body of test_elastic, in a process of its own: what Ray reads at its import must be set before."""
+
+import dataclasses
+import json
+import os
+import secrets
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+STEPS, BATCH = 18, 12
+LOSE_AT, HOLD_AT = 5, 11
+LIMIT_S = 300.0
+
+
+def main(folder: Path) -> dict[str, Any]:
+    """Train on two nodes, lose one in the middle, give another one back; and the same undisturbed in this process."""
+    sys.path.insert(0, str(ROOT))
+    from pipelines.cluster import LOOPBACK_VARIABLES
+
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
+    environment["RAY_worker_niceness"] = "0"
+    # A lost node is noticed in seconds.
+    environment |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
+    os.environ.update({**LOOPBACK_VARIABLES, **environment})
+    import ray
+
+    from pipelines.training.launch import fit
+    from pipelines.training.loop import TrainingOrder
+    from pipelines.training.options import TrainingOptions
+    from pipelines.training.workers import warm_workers
+    from tests.feature_factory import write_features
+    from tests.pipelines.two_nodes_run import start_cluster
+    from tests.toy_objective import ToyObjective
+
+    features = write_features(folder / "features", {"train": 40, "val": 30})
+    options = TrainingOptions(steps=STEPS, batch_size=BATCH, lr=3e-2, clip=0.05, weight_decay=0.1, checkpoint_every=3)
+    for name in ("elastic", "quiet"):
+        (folder / name / "keys").mkdir(parents=True)
+    quiet = ToyObjective(
+        features=str(features), batch_size=BATCH, loss_is_mean=True, keys_folder=str(folder / "quiet" / "keys")
+    )
+    moving = dataclasses.replace(
+        quiet,
+        keys_folder=str(folder / "elastic" / "keys"),
+        hold_from=HOLD_AT,
+        hold_file=str(folder / "grown"),
+    )
+    cluster, second = start_cluster(2)
+    ray.init(address=cluster.address, log_to_driver=False)
+    seconds: dict[str, float] = {}
+    # One death of the workers is allowed: the lost node. Growing must not count.
+    with warm_workers("1:2", cpus_per_worker=0.7, max_failures=1, resize_check_s=5) as group:
+
+        def grow() -> None:
+            began = time.monotonic()
+            cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
+            while len(group.nodes()) < 2 and time.monotonic() < began + LIMIT_S:
+                time.sleep(0.2)
+            seconds["to grow"] = time.monotonic() - began
+            (folder / "grown").touch()
+
+        growing = threading.Thread(target=grow)
+        lost_s = 0.0
+
+        def report(step: int, metrics: dict[str, float]) -> None:
+            nonlocal lost_s
+            if lost_s == 0 and step >= LOSE_AT:
+                lost_s = time.monotonic()
+                cluster.remove_node(second, allow_graceful=False)
+            elif metrics["workers"] == 1 and not growing.ident:
+                seconds["to shrink"] = time.monotonic() - lost_s
+                growing.start()
+
+        result = fit(TrainingOrder(moving, options, str(folder / "elastic")), num_workers=2, report=report, group=group)
+        growing.join()
+    fit(TrainingOrder(quiet, options, str(folder / "quiet")), num_workers=0, report=lambda step, metrics: None)
+    return {"steps": result.steps, "notes": result.notes, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    found = main(Path(sys.argv[1]))
+    Path(sys.argv[1], "found.json").write_text(json.dumps(found))
