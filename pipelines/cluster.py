@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipelines.errors import EnvironmentFailed
+
 LOOPBACK_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Read on Linux too: binds every service of a local cluster to 127.0.0.1."""
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
@@ -18,6 +20,9 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
 
     An open connection is reused and left open. `RAY_ADDRESS` (set by `ray job submit` too) names a running cluster;
     without it a local cluster of `num_cpus` (default: the machine's) starts and ends with the block.
+
+    Raises:
+        EnvironmentFailed: it does not start, or cannot be reached.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
@@ -30,6 +35,17 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
         yield
         return
     _quiet()
+    with _start_told_in_a_line(address):
+        _init(address, num_cpus)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init(address: str | None, num_cpus: int | None) -> None:
+    import ray
+
     if address:
         ray.init(address=address, logging_level=logging.ERROR)
     else:
@@ -44,10 +60,17 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
             logging_level=logging.ERROR,
             log_to_driver=sys.stderr.isatty(),
         )
+
+
+@contextmanager
+def _start_told_in_a_line(address: str | None) -> Iterator[None]:
+    """Ray has bare exceptions of many kinds for a busy machine that did not start it in time, or a head that is gone."""
     try:
         yield
-    finally:
-        ray.shutdown()
+    except Exception as error:
+        where = f"cannot reach the cluster at RAY_ADDRESS {address}" if address else "did not start on this machine"
+        reason = str(error).strip().split("\n")[0]
+        raise EnvironmentFailed(f"Ray {where} ({reason}); mend it and run the same command again") from error
 
 
 def _quiet() -> None:

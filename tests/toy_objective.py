@@ -67,6 +67,7 @@ class ToyTrainee(Trainee):
         if self.objective.bad_validation and not self.training:
             loss = loss * float("nan")
         if self.training:
+            self._wait(batch)
             factor = self._faults(batch)
             loss = loss * factor
             if self.objective.big_gradient_alone:
@@ -83,12 +84,16 @@ class ToyTrainee(Trainee):
     def load_watch_state(self, state: dict[str, float]) -> None:
         self._steps_watched = state["steps_watched"]
 
-    def _faults(self, batch: Batch) -> float:
+    def _wait(self, batch: Batch) -> None:
         objective = self.objective
-        time.sleep(objective.step_s)
         step = int(batch["position"].max()) // objective.batch_size
+        time.sleep(objective.step_s)
         while objective.hold_file and step >= objective.hold_from and not Path(objective.hold_file).exists():
             time.sleep(0.05)
+
+    def _faults(self, batch: Batch) -> float:
+        objective = self.objective
+        step = int(batch["position"].max()) // objective.batch_size
         if bool(batch["poison"].any()):
             return float("nan")
         if step >= objective.hungry_from and objective.batch_size - 1 in batch["position"] % objective.batch_size:
@@ -173,7 +178,7 @@ class ToyObjective:
         return ToyTrainee(self)
 
     def collate(self, rows: pa.Table, draws: Draws) -> Batch:
-        if self.keys_folder and draws.purpose == "training":
+        if self.keys_folder and draws.stream == "training":
             with Path(self.keys_folder, f"{os.getpid()}.txt").open("a") as file:
                 lines = zip(draws.positions, rows["clip_id"].to_pylist(), strict=True)
                 file.writelines(f"{position} {clip}\n" for position, clip in lines)

@@ -129,7 +129,7 @@ class Snapshots:
             files = checkpoints.digest_files(folder, names)
         except (OSError, SafetensorError) as error:
             checkpoints.publish_receipt(folder, rank, {}, error=str(error))
-            raise
+            raise OSError(f"rank {rank}: {error}") from error
         checkpoints.publish_receipt(folder, rank, files, error=None)
         if rank == 0:
             self._complete(folder, step, metric)

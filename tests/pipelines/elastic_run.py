@@ -23,32 +23,37 @@ def main(folder: Path) -> dict[str, Any]:
 
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
     environment["RAY_worker_niceness"] = "0"
-    # A lost node is noticed in seconds.
-    environment |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
     os.environ.update({**LOOPBACK_VARIABLES, **environment})
-    import ray
-
     from pipelines.training.launch import fit
     from pipelines.training.loop import TrainingOrder
     from pipelines.training.options import TrainingOptions
-    from pipelines.training.workers import warm_workers
     from tests.feature_factory import write_features
-    from tests.pipelines.two_nodes_run import start_cluster
     from tests.toy_objective import ToyObjective
 
-    features = write_features(folder / "features", {"train": 40, "val": 30})
+    features = str(write_features(folder / "features", {"train": 40, "val": 30}))
     options = TrainingOptions(steps=STEPS, batch_size=BATCH, lr=3e-2, clip=0.05, weight_decay=0.1, checkpoint_every=3)
+    orders = {}
     for name in ("elastic", "quiet"):
         (folder / name / "keys").mkdir(parents=True)
-    quiet = ToyObjective(
-        features=str(features), batch_size=BATCH, loss_is_mean=True, keys_folder=str(folder / "quiet" / "keys")
-    )
-    moving = dataclasses.replace(
-        quiet,
-        keys_folder=str(folder / "elastic" / "keys"),
-        hold_from=HOLD_AT,
-        hold_file=str(folder / "grown"),
-    )
+        toy = ToyObjective(
+            features=features, batch_size=BATCH, loss_is_mean=True, keys_folder=str(folder / name / "keys")
+        )
+        if name == "elastic":
+            toy = dataclasses.replace(toy, hold_from=HOLD_AT, hold_file=str(folder / "grown"))
+        orders[name] = TrainingOrder(toy, options, str(folder / name))
+    seconds = _train_on_changing_nodes(orders["elastic"], folder / "grown")
+    fit(orders["quiet"], num_workers=0, report=lambda step, metrics: None)
+    return seconds
+
+
+def _train_on_changing_nodes(order: Any, grown: Path) -> dict[str, Any]:
+    """Carry out the order; returns the seconds from a lost node to the next step, and from a new one to its rank."""
+    import ray
+
+    from pipelines.training.launch import fit
+    from pipelines.training.workers import warm_workers
+    from tests.pipelines.two_nodes_run import start_cluster
+
     cluster, second = start_cluster(2)
     ray.init(address=cluster.address, log_to_driver=False)
     seconds: dict[str, float] = {}
@@ -61,24 +66,21 @@ def main(folder: Path) -> dict[str, Any]:
             while len(group.nodes()) < 2 and time.monotonic() < began + LIMIT_S:
                 time.sleep(0.2)
             seconds["to grow"] = time.monotonic() - began
-            (folder / "grown").touch()
+            grown.touch()
 
         growing = threading.Thread(target=grow)
-        lost_s = 0.0
 
         def report(step: int, metrics: dict[str, float]) -> None:
-            nonlocal lost_s
-            if lost_s == 0 and step >= LOSE_AT:
-                lost_s = time.monotonic()
+            if "lost" not in seconds and step >= LOSE_AT:
+                seconds["lost"] = time.monotonic()
                 cluster.remove_node(second, allow_graceful=False)
             elif metrics["workers"] == 1 and not growing.ident:
-                seconds["to shrink"] = time.monotonic() - lost_s
+                seconds["to shrink"] = time.monotonic() - seconds["lost"]
                 growing.start()
 
-        result = fit(TrainingOrder(moving, options, str(folder / "elastic")), num_workers=2, report=report, group=group)
+        fit(order, num_workers="1:2", report=report, group=group)
         growing.join()
-    fit(TrainingOrder(quiet, options, str(folder / "quiet")), num_workers=0, report=lambda step, metrics: None)
-    return {"steps": result.steps, "notes": result.notes, "seconds": seconds}
+    return seconds
 
 
 if __name__ == "__main__":

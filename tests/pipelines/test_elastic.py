@@ -1,6 +1,5 @@
 """A training of one to two workers loses a node and gets another one, and ends as one that nothing disturbed."""
 
-import json
 import os
 import subprocess
 import sys
