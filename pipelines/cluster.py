@@ -64,7 +64,7 @@ def _init(address: str | None, num_cpus: int | None) -> None:
 
 @contextmanager
 def _start_told_in_a_line(address: str | None) -> Iterator[None]:
-    """Ray has bare exceptions of many kinds for a busy machine that did not start it in time, or a head that is gone."""
+    """Ray has bare exceptions of many kinds for a machine too busy to start it in time, or a head that is gone."""
     try:
         yield
     except Exception as error:

@@ -44,7 +44,7 @@ IN_RESTART, RESTART_S = 0.3, 25.0
 CHECKPOINT_EVERY = 5
 STEPS_PER_KILL = 3 * CHECKPOINT_EVERY
 POLL_S = 0.01
-PATIENCE_S = 400.0
+PATIENCE_S = 600.0
 """Longest time without a new step or an exit."""
 FATAL = ("driver", "raylet")
 
@@ -142,7 +142,9 @@ class Storm:
         if code is not None and not (self.out / MANIFEST).exists():
             self.exits.append(code)
             worn_out = code == 3 and self.lost_ranks > DEFAULT_MAX_FAILURES
-            assert self.fatal or worn_out, f"exit {code} that no kill explains: {_end(self.log)}"
+            # A machine too busy to start Ray: the same command again, as the line says.
+            not_started = code == 3 and "Ray did not start" in _end(self.log).splitlines()[-1]
+            assert self.fatal or worn_out or not_started, f"exit {code} that no kill explains: {_end(self.log)}"
             self._start()
         strike = self.strikes[-1] if self.strikes else None
         if strike is not None and strike.resumed_from is None and self._journal_id() != self.journal_file:
@@ -242,7 +244,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kill-training-") as scratch:
         folder = Path(scratch)
         # The runs are of no interest to MLflow.
-        reference = LaunchReference(journal_id="storm", folder=str(folder / "launch"), store="sqlite:///unused.db")
+        (folder / "launch").mkdir()
+        reference = LaunchReference(
+            journal_id="storm", folder=str(folder / "launch"), store=f"sqlite:///{folder}/unused.db"
+        )
         os.environ[LAUNCH_VARIABLE] = reference.to_text()
         found, faults = storm_and_compare(folder, kills=options.kills, seed=options.seed)
     if options.json is not None:

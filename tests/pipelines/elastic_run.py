@@ -5,8 +5,9 @@ import json
 import os
 import secrets
 import sys
-import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,30 +57,33 @@ def _train_on_changing_nodes(order: Any, grown: Path) -> dict[str, Any]:
 
     cluster, second = start_cluster(2)
     ray.init(address=cluster.address, log_to_driver=False)
+    seen: list[tuple[int, float]] = []
     seconds: dict[str, float] = {}
     # One death of the workers is allowed: the lost node. Growing must not count.
-    with warm_workers("1:2", cpus_per_worker=0.7, max_failures=1, resize_check_s=5) as group:
-
-        def grow() -> None:
-            began = time.monotonic()
-            cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
-            while len(group.nodes()) < 2 and time.monotonic() < began + LIMIT_S:
-                time.sleep(0.2)
-            seconds["to grow"] = time.monotonic() - began
-            grown.touch()
-
-        growing = threading.Thread(target=grow)
+    warm = warm_workers("1:2", cpus_per_worker=0.7, max_failures=1, resize_check_s=5)
+    with warm as group, ThreadPoolExecutor(1) as own:
 
         def report(step: int, metrics: dict[str, float]) -> None:
-            if "lost" not in seconds and step >= LOSE_AT:
-                seconds["lost"] = time.monotonic()
-                cluster.remove_node(second, allow_graceful=False)
-            elif metrics["workers"] == 1 and not growing.ident:
-                seconds["to shrink"] = time.monotonic() - seconds["lost"]
-                growing.start()
+            seen.append((step, metrics["workers"]))
 
-        fit(order, num_workers="1:2", report=report, group=group)
-        growing.join()
+        training = own.submit(fit, order, num_workers="1:2", report=report, group=group)
+
+        def wait_for(happened: Callable[[], bool]) -> float:
+            began = time.monotonic()
+            while not happened():
+                if training.done() or time.monotonic() > began + LIMIT_S:
+                    raise RuntimeError(f"did not come: {seen}, {training.result(timeout=0)}")
+                time.sleep(0.1)
+            return time.monotonic() - began
+
+        wait_for(lambda: bool(seen) and seen[-1] >= (LOSE_AT, 2))
+        cluster.remove_node(second, allow_graceful=False)
+        seconds["to shrink"] = wait_for(lambda: seen[-1][1] == 1)
+        # Not in a thread: Ray sets signal handlers for a node.
+        cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
+        seconds["to grow"] = wait_for(lambda: len(group.nodes()) == 2)
+        grown.touch()
+        training.result(timeout=LIMIT_S)
     return seconds
 
 
