@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -257,9 +257,11 @@ def warm_workers(
         InputError: the cluster can never hold the group.
     """
     import ray
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     workers = WorkerRange.of(num_workers)
     gpu = cluster_gpus() >= workers.least if gpus_per_worker is None else gpus_per_worker > 0
@@ -269,7 +271,9 @@ def warm_workers(
             "on one that grows when asked, give --gpus-per-worker 1"
         )
     scratch = tempfile.mkdtemp(prefix="workers-")
-    book: Any = ray.remote(OrderBook).options(num_cpus=0).remote(max_failures)
+    # Beside the driver, as Ray's own controller: another node may be lost, and the training goes on without it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    book: Any = ray.remote(OrderBook).options(num_cpus=0, scheduling_strategy=here).remote(max_failures)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"book": book, "gpu": gpu, "most": workers.most if workers.is_elastic else None},
@@ -303,8 +307,9 @@ def warm_workers(
         yield WorkerGroup(book, thread, failure, workers)
         patience_s = FAREWELL_S
     finally:
-        ray.get(book.close.remote())
-        thread.join(timeout=patience_s)
+        with suppress(RayError):
+            ray.get(book.close.remote())
+            thread.join(timeout=patience_s)
         ray.kill(book)
         shutil.rmtree(scratch, ignore_errors=True)
 
