@@ -69,9 +69,17 @@ def _submit(folder: Path, address: str, features: Path, out: Path) -> tuple[subp
     flags += ["--weight-decay", "0", "--checkpoint-every", str(EVERY), "--out", str(out)]
     entry = [sys.executable, "jobs/train_mmdit.py", *flags]
     submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address]
-    with (folder / "job.log").open("ab") as log:
-        job = subprocess.Popen([*submit, "--working-dir", str(folder / "code"), "--", *entry], stdout=log, stderr=log)
-    return job, lambda: [pid for pid, _ in descendants(os.getpid())]
+    command = [*submit, "--working-dir", str(folder / "code"), "--", *entry]
+    told, deadline = folder / "job.log", time.monotonic() + LIMIT_S
+    while True:
+        before = told.stat().st_size if told.exists() else 0
+        with told.open("ab") as log:
+            job = subprocess.Popen(command, stdout=log, stderr=log)
+        while job.poll() is None and b"submitted successfully" not in told.read_bytes()[before:]:
+            time.sleep(0.1)
+        # A head that has just started refuses until its agent is there.
+        if job.poll() is None or b"No available agent" not in told.read_bytes()[before:] or time.monotonic() > deadline:
+            return job, lambda: [pid for pid, _ in descendants(os.getpid())]
 
 
 def _kill(pids: list[int]) -> int:
