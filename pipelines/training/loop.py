@@ -62,7 +62,7 @@ class TrainingOrder:
         return self.options.stall_timeout_s
 
     def run(self, world: World, report: Report) -> "TrainingResult | None":
-        """Train to the end from wherever the folder is; see `pipelines.training.workers.Order`."""
+        """Train to the end from wherever the folder is; see `pipelines.training.order_book.Order`."""
         return train(self, world, report)
 
 
@@ -353,8 +353,8 @@ class _Run:
 
     def _plan(self, adjustments: Adjustments) -> BatchPlan:
         # A loss that compares the samples of a micro batch keeps their number, so fewer workers hold more of them.
-        most = self.world.most if self.objective.loss_is_mean else None
-        return adjustments.plan(self.options.batch_size, self.world.size, self.options.accumulation, most_workers=most)
+        most, options = self.world.most if self.objective.loss_is_mean else None, self.options
+        return adjustments.plan(options.batch_size, self.world.size, options.accumulation, most_workers=most)
 
     def _micro_batches(self, first: int) -> Iterator[Batch]:
         """Yield the micro batches from step `first` to the last, each stretch of steps in its own order."""

@@ -50,8 +50,8 @@ def _start_head() -> str:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         try:
-            node = {"num_cpus": 2, "object_store_memory": 200_000_000}
-            Cluster().add_node(**node, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port)
+            node: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 200_000_000, "include_dashboard": True}
+            Cluster().add_node(**node, dashboard_host="127.0.0.1", dashboard_port=port)
         except Exception:
             # A busy machine does not start Ray's agent in the seconds that Ray allows it.
             if not attempts_left:

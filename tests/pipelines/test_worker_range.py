@@ -6,8 +6,8 @@ from pipelines.errors import InputError
 from pipelines.training.adjustments import Adjustments
 from pipelines.training.loop import TrainingOrder
 from pipelines.training.options import TrainingOptions
+from pipelines.training.order_book import OrderBook
 from pipelines.training.worker_range import WorkerRange
-from pipelines.training.workers import OrderBook
 from tests.toy_objective import ToyObjective
 
 
