@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,12 @@ def _start_head() -> str:
     from ray.cluster_utils import Cluster
 
     for attempts_left in (2, 1, 0):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # Ray's own choice, the same for every cluster of a machine, would be another one's.
+        port, agent_port = _free_ports(2)
         try:
             node: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 200_000_000, "include_dashboard": True}
-            Cluster().add_node(**node, dashboard_host="127.0.0.1", dashboard_port=port)
+            ports: dict[str, Any] = {"dashboard_port": port, "dashboard_agent_listen_port": agent_port}
+            Cluster().add_node(**node, **ports, dashboard_host="127.0.0.1")
         except Exception:
             # A busy machine does not start Ray's agent in the seconds that Ray allows it.
             if not attempts_left:
@@ -59,6 +60,14 @@ def _start_head() -> str:
         else:
             return f"http://127.0.0.1:{port}"
     raise RuntimeError("no attempt was made")
+
+
+def _free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def _submit(folder: Path, address: str, features: Path, out: Path) -> tuple[subprocess.Popen[bytes], Any]:
