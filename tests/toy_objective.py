@@ -88,7 +88,7 @@ class ToyTrainee(Trainee):
         objective = self.objective
         step = int(batch["position"].max()) // objective.batch_size
         time.sleep(objective.step_s)
-        while objective.hold_file and step >= objective.hold_from and not Path(objective.hold_file).exists():
+        while any(step >= first and not Path(file).exists() for first, file in objective.holds):
             time.sleep(0.05)
 
     def _faults(self, batch: Batch) -> float:
@@ -145,9 +145,8 @@ class ToyObjective:
     """Once, from step `stop_at` on, the rank with the second sample leaves its process id there and hangs."""
     stop_kind: str = "stop"
     """`stop`: the process is stopped; `sleep`: it sleeps for ever and could still be talked to."""
-    hold_from: int = 0
-    hold_file: str = ""
-    """From step `hold_from` on every rank waits until it is there."""
+    holds: tuple[tuple[int, str], ...] = ()
+    """From each of these steps on every rank waits until the file beside it is there."""
     keys_folder: str = ""
     """Where every process leaves which clip it read for which position of a training."""
     kill_at: int = -1
@@ -205,7 +204,7 @@ class ToyObjective:
             bad_steps=(),
             defect_at=-1,
             stop_file="",
-            hold_file="",
+            holds=(),
             poison=(),
             big_step=-1,
         )

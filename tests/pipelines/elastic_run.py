@@ -40,14 +40,16 @@ def main(folder: Path) -> dict[str, Any]:
             features=features, batch_size=BATCH, loss_is_mean=True, keys_folder=str(folder / name / "keys")
         )
         if name == "elastic":
-            toy = dataclasses.replace(toy, hold_from=HOLD_AT, hold_file=str(folder / "grown"))
+            # Until one worker alone has begun, and until there are two again.
+            holds = ((LOSE_AT, str(folder / "shrunk")), (HOLD_AT, str(folder / "grown")))
+            toy = dataclasses.replace(toy, holds=holds)
         orders[name] = TrainingOrder(toy, options, str(folder / name))
-    seconds = _train_on_changing_nodes(orders["elastic"], folder / "grown")
+    seconds = _train_on_changing_nodes(orders["elastic"], folder)
     fit(orders["quiet"], num_workers=0, report=lambda step, metrics: None)
     return seconds
 
 
-def _train_on_changing_nodes(order: Any, grown: Path) -> dict[str, Any]:
+def _train_on_changing_nodes(order: Any, folder: Path) -> dict[str, Any]:
     """Carry out the order; returns the seconds from a lost node to the next step, and from a new one to its rank."""
     import ray
 
@@ -76,13 +78,15 @@ def _train_on_changing_nodes(order: Any, grown: Path) -> dict[str, Any]:
                 time.sleep(0.1)
             return time.monotonic() - began
 
-        wait_for(lambda: bool(seen) and seen[-1] >= (LOSE_AT, 2))
+        wait_for(lambda: bool(seen) and seen[-1] == (LOSE_AT, 2))
         cluster.remove_node(second, allow_graceful=False)
-        seconds["to shrink"] = wait_for(lambda: seen[-1][1] == 1)
+        seconds["to shrink"] = wait_for(lambda: len(group.nodes()) == 1)
+        (folder / "shrunk").touch()
+        wait_for(lambda: seen[-1] == (HOLD_AT, 1))
         # Not in a thread: Ray sets signal handlers for a node.
         cluster.add_node(num_cpus=1, object_store_memory=200_000_000)
         seconds["to grow"] = wait_for(lambda: len(group.nodes()) == 2)
-        grown.touch()
+        (folder / "grown").touch()
         training.result(timeout=LIMIT_S)
     return seconds
 
