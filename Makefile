@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCHMARKS := preprocess plan_scale train_step networks
 
-.PHONY: help setup lock fmt lint check test test-slow fuzz kill-storm demo science bench docs clean
+.PHONY: help setup lock fmt lint check test test-slow fuzz kill-storm kill-training demo science bench docs clean
 
 help: ## print this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -52,6 +52,9 @@ fuzz: $(STAMP) ## 10,000 mutated media files through preprocess: no crash, no ha
 
 kill-storm: $(STAMP) ## preprocess under random SIGKILLs; prints its digest beside a quiet run's
 	$(BIN)/python -m tests.faults.kill_storm
+
+kill-training: $(STAMP) ## a training of two workers under 50 random SIGKILLs; its weights beside a quiet run's
+	$(BIN)/python -m tests.faults.kill_training
 
 demo: $(STAMP) ## the whole line on a synthetic world, into runs/demo
 	$(BIN)/python jobs/demo.py --out runs/demo

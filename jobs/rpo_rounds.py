@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jobs import cli
 from pipelines.training.options import PolicyTrainingOptions
+from pipelines.training.worker_range import NumWorkers
 
 if TYPE_CHECKING:
     from pipelines.preferences.generation import PairInputs
@@ -98,8 +99,9 @@ class Options(PolicyTrainingOptions):
     """Gate: the log-mel distance to the real sound may rise by less than this share."""
     max_frechet_rise: float = 0.50
     """Gate: the Frechet distance may rise by less than this share."""
-    num_workers: int = 2
-    """Ray Train workers that train and sample; 0 works in this process without Ray."""
+    num_workers: NumWorkers = 2
+    """Ray Train workers that train and sample; a range, as 2:8, goes on with those that are there; 0 works in this
+    process without Ray."""
     gpus_per_worker: Literal[0, 1] | None = None
     """GPUs of a worker; None: one where the cluster has so many now. Give 1 on a cluster that grows from nothing."""
 

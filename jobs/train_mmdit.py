@@ -7,6 +7,7 @@ from jobs import cli
 from pipelines.training.gpus import GpuName
 from pipelines.training.options import PolicyTrainingOptions
 from pipelines.training.schedule import ScheduleName
+from pipelines.training.worker_range import NumWorkers
 
 if TYPE_CHECKING:
     from pipelines.training.workers import WorkerGroup
@@ -31,8 +32,8 @@ class Options(PolicyTrainingOptions):
     """Split to train on."""
     val_split: str = "val"
     """Split to validate on."""
-    num_workers: int = 2
-    """Ray Train workers; 0 trains in this process without Ray."""
+    num_workers: NumWorkers = 2
+    """Ray Train workers; a range, as 2:8, goes on with those that are there; 0 trains in this process without Ray."""
     gpus_per_worker: Literal[0, 1] | None = None
     """GPUs of a worker; None: one where the cluster has so many now. Give 1 on a cluster that grows from nothing."""
     steps: int = 300_000

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from jobs import cli
 from pipelines.training.gpus import GpuName
 from pipelines.training.options import PolicyTrainingOptions
+from pipelines.training.worker_range import NumWorkers
 
 if TYPE_CHECKING:
     from pipelines.training.workers import WorkerGroup
@@ -40,8 +41,8 @@ class Options(PolicyTrainingOptions):
     probe_every: int = 25
     """Steps between measurements of the gradients of both loss parts (one more forward, two backward); 0: never.
     Not under ZeRO-3."""
-    num_workers: int = 2
-    """Ray Train workers; 0 trains in this process without Ray."""
+    num_workers: NumWorkers = 2
+    """Ray Train workers; a range, as 2:8, goes on with those that are there; 0 trains in this process without Ray."""
     gpus_per_worker: Literal[0, 1] | None = None
     """GPUs of a worker; None: one where the cluster has so many now. Give 1 on a cluster that grows from nothing."""
     steps: int = 860

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from jobs import cli
 from pipelines.training.options import TrainingOptions
 from pipelines.training.schedule import ScheduleName
+from pipelines.training.worker_range import NumWorkers
 
 if TYPE_CHECKING:
     from pipelines.training.workers import WorkerGroup
@@ -29,8 +30,8 @@ class Options(TrainingOptions):
     """Share of the sounds that go through the codec in training, as everything does that the reward will rank."""
     weights: cli.StoragePath | None = None
     """With --codec-share, for specs 16k and 44k: folder that import_mmaudio made, with VAE and vocoder."""
-    num_workers: int = 2
-    """Ray Train workers; 0 trains in this process without Ray."""
+    num_workers: NumWorkers = 2
+    """Ray Train workers; a range, as 2:8, goes on with those that are there; 0 trains in this process without Ray."""
     gpus_per_worker: Literal[0, 1] | None = None
     """GPUs of a worker; None: one where the cluster has so many now. Give 1 on a cluster that grows from nothing."""
     steps: int = 100_000

@@ -67,6 +67,7 @@ class ToyTrainee(Trainee):
         if self.objective.bad_validation and not self.training:
             loss = loss * float("nan")
         if self.training:
+            self._wait(batch)
             factor = self._faults(batch)
             loss = loss * factor
             if self.objective.big_gradient_alone:
@@ -83,9 +84,15 @@ class ToyTrainee(Trainee):
     def load_watch_state(self, state: dict[str, float]) -> None:
         self._steps_watched = state["steps_watched"]
 
+    def _wait(self, batch: Batch) -> None:
+        objective = self.objective
+        step = int(batch["position"].max()) // objective.batch_size
+        time.sleep(objective.step_s)
+        while any(step >= first and not Path(file).exists() for first, file in objective.holds):
+            time.sleep(0.05)
+
     def _faults(self, batch: Batch) -> float:
         objective = self.objective
-        time.sleep(objective.step_s)
         step = int(batch["position"].max()) // objective.batch_size
         if bool(batch["poison"].any()):
             return float("nan")
@@ -138,6 +145,10 @@ class ToyObjective:
     """Once, from step `stop_at` on, the rank with the second sample leaves its process id there and hangs."""
     stop_kind: str = "stop"
     """`stop`: the process is stopped; `sleep`: it sleeps for ever and could still be talked to."""
+    holds: tuple[tuple[int, str], ...] = ()
+    """From each of these steps on every rank waits until the file beside it is there."""
+    keys_folder: str = ""
+    """Where every process leaves which clip it read for which position of a training."""
     kill_at: int = -1
     kill_file: str = ""
     defect_at: int = -1
@@ -166,6 +177,10 @@ class ToyObjective:
         return ToyTrainee(self)
 
     def collate(self, rows: pa.Table, draws: Draws) -> Batch:
+        if self.keys_folder and draws.stream == "training":
+            with Path(self.keys_folder, f"{os.getpid()}.txt").open("a") as file:
+                lines = zip(draws.positions, rows["clip_id"].to_pylist(), strict=True)
+                file.writelines(f"{position} {clip}\n" for position, clip in lines)
         latent = np.array(column_to_numpy(rows["latent_mean"]), np.float32).mean(axis=1)
         noise = torch.stack([torch.randn(160, generator=generator) for generator in draws.generators()])
         return {
@@ -183,5 +198,13 @@ class ToyObjective:
     def faultless(self) -> "ToyObjective":
         """The same training without any fault."""
         return dataclasses.replace(
-            self, kill_at=-1, kill_file="", bad_steps=(), defect_at=-1, stop_file="", poison=(), big_step=-1
+            self,
+            kill_at=-1,
+            kill_file="",
+            bad_steps=(),
+            defect_at=-1,
+            stop_file="",
+            holds=(),
+            poison=(),
+            big_step=-1,
         )

@@ -208,7 +208,7 @@ def _nobody_waits() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitOrder:
-    """Units to be done; an order for a worker group (see `pipelines.training.workers.Order`)."""
+    """Units to be done; an order for a worker group (see `pipelines.training.order_book.Order`)."""
 
     units: UnitSource
     todo: tuple[int, ...]

@@ -21,7 +21,7 @@ from pipelines.evaluation.study import Arm, Study
 from pipelines.evaluation.study_results import RankingResult, ranking_result
 from pipelines.preferences.rounds import baseline_scores, round_folders
 from pipelines.training.journal import read_journal
-from pipelines.training.loop import JOURNAL
+from pipelines.training.workplace import JOURNAL
 
 LAST_SHARE = 0.2
 """Share of a round's steps, at its end, over which displacements are averaged."""

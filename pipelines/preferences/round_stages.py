@@ -25,6 +25,7 @@ from pipelines.stage import StageContext, lineage_tags, plan_stage, run_stage, s
 from pipelines.tracking import Tracker, open_launch
 from pipelines.training.options import Execution, LoRA, TrainingOptions
 from pipelines.training.stages import Launching, lora_affecting_bytes, train_rpo
+from pipelines.training.worker_range import NumWorkers, WorkerRange
 from pipelines.training.workers import WorkerGroup, warm_workers
 
 STAGE = "rpo_rounds"
@@ -100,8 +101,8 @@ def launch_tracker(context: StageContext) -> Tracker:
 class Resources:
     """Where the work is done; nothing of it affects the result beyond rounding."""
 
-    num_workers: int
-    """Ray Train workers that train and sample; 0 works in this process, without Ray."""
+    num_workers: NumWorkers
+    """Ray Train workers that train and sample, or a range of them as "2:8"; 0 works in this process, without Ray."""
     gpus_per_worker: int | None = None
     """0 or 1; None: one where the cluster has so many now."""
     execution: Execution = field(default_factory=Execution)
@@ -128,7 +129,7 @@ class PipelineStages:
         self._settings = settings
         self._resources = resources
         self._group = group
-        self._pool = Pool(num_workers=resources.num_workers, group=group)
+        self._pool = Pool(num_workers=WorkerRange.of(resources.num_workers).most, group=group)
         self._say = say
 
     def make_pairs(self, policy: str, round_index: int, out: str) -> None:
@@ -230,6 +231,8 @@ def launch_rounds(
         InputError: an input is missing or does not fit the others, before any work starts.
         Refused: a strict gate refused a round, or a round kept no pair; what there is lies at `out`.
     """
+    options = settings.training.options
+    WorkerRange.of(resources.num_workers).check_batch(options.batch_size, options.accumulation)
     fingerprints = check_launch(inputs, settings)
 
     def body(context: StageContext) -> None:
@@ -285,7 +288,7 @@ def check_launch(inputs: PairInputs, settings: RoundSettings) -> dict[str, str]:
 
 def _workers(stack: ExitStack, resources: Resources, group: WorkerGroup | None) -> WorkerGroup | None:
     """The group that was handed in, or one of our own for all rounds, or None to work in this process."""
-    if group is not None or resources.num_workers == 0:
+    if group is not None or WorkerRange.of(resources.num_workers).most == 0:
         return group
     stack.enter_context(connect())
     return stack.enter_context(warm_workers(resources.num_workers, gpus_per_worker=resources.gpus_per_worker))

@@ -93,18 +93,25 @@ class Adjustments:
         borders = sorted({first, *starts, last})
         return [(a, b, self.order_number(a)) for a, b in pairwise(borders)]
 
-    def plan(self, batch_size: int, world_size: int, accumulation: int) -> BatchPlan:
-        """Deal out a global batch as asked for, or in more micro batches where `max_micro_size` wants them smaller.
+    def plan(
+        self, batch_size: int, world_size: int, accumulation: int, *, most_workers: int | None = None
+    ) -> BatchPlan:
+        """Deal out a global batch as asked for, or in more micro batches where they have to be smaller.
+
+        They do where memory ran out, and where a group that has `most_workers` when it is whole has fewer: what fitted
+        there fits here.
 
         Raises:
             InputError: the batch does not divide as asked for.
         """
         asked = BatchPlan(batch_size, world_size, accumulation)
-        if self.max_micro_size is None or asked.micro_size <= self.max_micro_size:
+        whole = asked if most_workers is None else BatchPlan(batch_size, most_workers, accumulation)
+        largest = min(whole.micro_size, self.max_micro_size or whole.micro_size)
+        if asked.micro_size <= largest:
             return asked
-        share = batch_size // world_size
-        micro = max(size for size in range(1, self.max_micro_size + 1) if share % size == 0)
-        return BatchPlan(batch_size, world_size, share // micro)
+        # A part of the micro batch as asked for, so that what is reckoned by that (validation) stays whole.
+        micro = max(size for size in range(1, largest + 1) if asked.micro_size % size == 0)
+        return BatchPlan(batch_size, world_size, accumulation * (asked.micro_size // micro))
 
     def notes(self) -> list[str]:
         """Lines for people."""

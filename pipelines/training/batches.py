@@ -166,17 +166,20 @@ class BatchSource:
                 yield self.collate(self.groups.take(find(positions)), draws)
 
 
-def validation_batches(groups: RowGroups, plan: BatchPlan, rank: int, seed: int, collate: Collate) -> Iterator[Batch]:
+def validation_batches(
+    groups: RowGroups, plan: BatchPlan, rank: int, seed: int, collate: Collate, *, whole: int
+) -> Iterator[Batch]:
     """Yield this rank's micro batches of all rows in the manifest's order, always with the same draws.
 
-    A global micro batch is `micro_size` x world rows; the tail that does not fill one is left out, so that every rank
-    takes part in every batch.
+    A global micro batch is `micro_size` x world rows, so that every rank takes part in every batch. The tail that does
+    not fill `whole` rows, a global micro batch as asked for, is left out: the rows stay the same where the micro
+    batches had to become smaller.
     """
     places = np.concatenate(
         [np.stack([np.full(size, group), np.arange(size)], axis=1) for group, size in enumerate(groups.sizes)]
     )
     width = plan.micro_size * plan.world_size
-    for start in range(0, len(places) - width + 1, width):
+    for start in range(0, len(places) // whole * whole - width + 1, width):
         positions = np.arange(start + rank, start + width, plan.world_size)
         draws = Draws(seed, "validation", tuple(int(position) for position in positions))
         yield collate(groups.take(places[positions]), draws)

@@ -1,12 +1,16 @@
 """What a training would need, as lines for people; nothing is read but the options, and nothing is started."""
 
-from pipelines.errors import InputError
+from dataclasses import replace
+
 from pipelines.training.activations import fake_batch, trainee_without_memory
+from pipelines.training.adjustments import Adjustments
 from pipelines.training.flops import count_flops
 from pipelines.training.gpus import GPUS, GpuName
 from pipelines.training.memory import GIBIBYTE, memory_table, predict_stages
 from pipelines.training.options import PolicyTrainingOptions
+from pipelines.training.order import BatchPlan
 from pipelines.training.stages import open_policy, size_of
+from pipelines.training.worker_range import NumWorkers, WorkerRange
 
 ASSUMED_MFU = 0.3
 """Share of a GPU's peak that the estimate of hours reckons with; a run shows its own as `mfu`."""
@@ -28,12 +32,7 @@ def memory_lines(
         InputError: the batch cannot be dealt out to the workers.
     """
     world = max(num_workers, 1)
-    share = world * options.accumulation
-    if options.batch_size % share:
-        raise InputError(
-            f"--batch-size {options.batch_size} is no multiple of {world} workers x --accumulation "
-            f"{options.accumulation}"
-        )
+    share = world * BatchPlan(options.batch_size, world, options.accumulation).accumulation
     plans = predict_stages(
         size,
         batch_per_worker=options.batch_size // share,
@@ -53,18 +52,32 @@ def dry_run_lines(
     size: str,
     options: PolicyTrainingOptions,
     *,
-    num_workers: int,
+    num_workers: NumWorkers,
     reference: bool,
     gpu: GpuName | None,
     gpu_gib: float | None,
 ) -> list[str]:
-    """Memory as `memory_lines` says it, and with a `gpu` the hours as `hours_lines` does."""
+    """Memory as `memory_lines` says it, and with a `gpu` the hours as `hours_lines` does.
+
+    Of a range of workers both ends are told.
+
+    Raises:
+        InputError: the batch cannot be dealt out to the workers.
+    """
     if gpu is not None and gpu_gib is None:
         gpu_gib = GPUS[gpu].memory_gib
-    lines = memory_lines(size, options, num_workers=num_workers, reference=reference, gpu_gib=gpu_gib)
-    if gpu is None:
-        return lines
-    return [*lines, *hours_lines(size, options, num_workers=num_workers, reference=reference, gpu=gpu)]
+    workers = WorkerRange.of(num_workers)
+    workers.check_batch(options.batch_size, options.accumulation)
+    lines: list[str] = []
+    for number in sorted({workers.least, workers.most}):
+        plan = Adjustments().plan(
+            options.batch_size, max(number, 1), options.accumulation, most_workers=max(workers.most, 1)
+        )
+        dealt = replace(options, accumulation=plan.accumulation)
+        lines += memory_lines(size, dealt, num_workers=number, reference=reference, gpu_gib=gpu_gib)
+        if gpu is not None:
+            lines += hours_lines(size, options, num_workers=number, reference=reference, gpu=gpu)
+    return lines
 
 
 def hours_lines(

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from pipelines.devices import own_device
 from pipelines.training.loop import TrainingOrder, TrainingResult, train
+from pipelines.training.worker_range import NumWorkers, WorkerRange
 from pipelines.training.workers import WorkerGroup, warm_workers
 from pipelines.training.world import Report, World
 
@@ -13,19 +14,19 @@ from pipelines.training.world import Report, World
 def fit(
     order: TrainingOrder,
     *,
-    num_workers: int,
+    num_workers: NumWorkers,
     report: Report,
     gpus_per_worker: int | None = None,
     group: WorkerGroup | None = None,
 ) -> TrainingResult:
     """Train to the end, resuming whatever the order's folder holds.
 
-    With a `group` its workers do it. Otherwise `num_workers` new ones; 0 runs in this process, without Ray, with the
-    same loop and engine and a process group of one.
+    With a `group` its workers do it. Otherwise `num_workers` new ones, a number or a range as "2:8"; 0 runs in this
+    process, without Ray, with the same loop and engine and a process group of one.
     """
     if group is not None:
         return group.run(order, report)
-    if num_workers > 0:
+    if WorkerRange.of(num_workers).most > 0:
         with warm_workers(num_workers, gpus_per_worker=gpus_per_worker) as own:
             return own.run(order, report)
     return _fit_here(order, report)

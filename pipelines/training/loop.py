@@ -35,6 +35,7 @@ from pipelines.training.guards import GRAD_NORM, LOSS, SpikeGuard
 from pipelines.training.journal import Journal
 from pipelines.training.objective import Batch, Objective
 from pipelines.training.options import TrainingOptions
+from pipelines.training.order import BatchPlan
 from pipelines.training.preflight import check_machine
 from pipelines.training.run_state import Progress
 from pipelines.training.snapshots import Snapshots
@@ -62,7 +63,7 @@ class TrainingOrder:
         return self.options.stall_timeout_s
 
     def run(self, world: World, report: Report) -> "TrainingResult | None":
-        """Train to the end from wherever the folder is; see `pipelines.training.workers.Order`."""
+        """Train to the end from wherever the folder is; see `pipelines.training.order_book.Order`."""
         return train(self, world, report)
 
 
@@ -123,9 +124,9 @@ class _Run:
         self.learning_rate = self.options.learning_rates()
         self.guard = SpikeGuard(self.options.spike_factor)
         self.adjustments: Adjustments = world.share(read_adjustments(self.root) if world.is_main else None)
-        self.plan = self.adjustments.plan(self.options.batch_size, world.size, self.options.accumulation)
+        self.plan = self._plan(self.adjustments)
         self.groups = RowGroups(self.objective.training_data, self.objective.columns)
-        self.validation = Validation(self.objective, self.plan, self.options.seed, world)
+        self.validation = Validation(self.objective, self.options, self.plan, world)
         self.source = BatchSource(
             groups=self.groups,
             order=self.groups.order(self.options.seed),
@@ -302,6 +303,8 @@ class _Run:
             metrics["skipped_spike"] = float(outcome.spike)
         if self.plan.accumulation != self.options.accumulation:
             metrics["accumulation"] = float(self.plan.accumulation)
+        if self.world.most is not None:
+            metrics["workers"] = float(self.world.size)
         if number := self.adjustments.order_number(step):
             metrics["order"] = float(number)
         if outcome.applied:
@@ -333,13 +336,18 @@ class _Run:
         known = known.after(cause, self.progress.step)
         if known != self.adjustments and self.world.is_main:
             write_adjustments(self.root, known)
-        smaller = known.plan(self.options.batch_size, self.world.size, self.options.accumulation) != self.plan
+        smaller = self._plan(known) != self.plan
         self.adjustments, self.progress.adjustments = known, known.to_json()
         if smaller:
             raise StartAgain("the checkpoint was written with smaller micro batches")
         if self.progress.recent:
             self.guard.recent = self.progress.recent
         self.progress.recent = self.guard.recent if self.guard.factor is not None else {}
+
+    def _plan(self, adjustments: Adjustments) -> BatchPlan:
+        # A loss that compares the samples of a micro batch keeps their number, so fewer workers hold more of them.
+        most, options = self.world.most if self.objective.loss_is_mean else None, self.options
+        return adjustments.plan(options.batch_size, self.world.size, options.accumulation, most_workers=most)
 
     def _micro_batches(self, first: int) -> Iterator[Batch]:
         """Yield the micro batches from step `first` to the last, each stretch of steps in its own order."""

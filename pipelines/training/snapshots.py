@@ -142,7 +142,7 @@ class Snapshots:
             files = {name: _put(folder, name, write) for name, write in writers.items()}
         except (OSError, PipelineError) as error:
             checkpoints.publish_receipt(folder, rank, {}, error=str(error))
-            raise
+            raise OSError(f"rank {rank}: {error}") from error
         checkpoints.publish_receipt(folder, rank, files, error=None)
         if rank == 0:
             self._complete(folder, step, metric)

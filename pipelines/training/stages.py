@@ -37,6 +37,7 @@ from pipelines.training.options import Execution, LoRA, TrainingOptions
 from pipelines.training.preference_objective import Kind, PreferenceObjective
 from pipelines.training.sf_cavp_objective import SFCAVPObjective, fit_starting_sf_cavp
 from pipelines.training.start import START, made_once
+from pipelines.training.worker_range import NumWorkers, WorkerRange
 from pipelines.training.workers import WorkerGroup
 from pipelines.training.workplace import JOURNAL
 
@@ -45,8 +46,8 @@ from pipelines.training.workplace import JOURNAL
 class Launching:
     """Where and how a training runs; nothing of it affects the result beyond rounding."""
 
-    num_workers: int
-    """Ray Train workers; 0 trains in this process."""
+    num_workers: NumWorkers
+    """Ray Train workers, or a range of them as "2:8"; 0 trains in this process."""
     gpus_per_worker: int | None = None
     """0 or 1; None: one where the cluster has so many now."""
     group: WorkerGroup | None = None
@@ -56,6 +57,10 @@ class Launching:
     options_yaml: str | None = None
     track: Callable[[StageContext], Tracker] = stage_run
     say: Callable[[str], None] = print
+
+    def check(self, options: TrainingOptions) -> None:
+        """Raise InputError where the batch cannot be dealt out to every number of workers that may come."""
+        WorkerRange.of(self.num_workers).check_batch(options.batch_size, options.accumulation)
 
 
 def train_sf_cavp(
@@ -80,6 +85,7 @@ def train_sf_cavp(
     """
     if size not in SF_CAVP_SIZES:
         raise InputError(f"--size {size}: known sizes are {', '.join(SF_CAVP_SIZES)}")
+    launching.check(options)
     dataset = Dataset.open(features, FEATURES)
     for split in (train_split, val_split):
         check_split(dataset, split, features)
@@ -151,6 +157,7 @@ def train_mmdit(
     """
     if size not in SIZES:
         raise InputError(f"--size {size}: known sizes are {', '.join(SIZES)}")
+    launching.check(options)
     if lora is not None and init is None:
         raise InputError(f"--lora-rank {lora.rank} trains adapters beside a trained policy: give it with --init")
     mixture = open_mixture([features] if isinstance(features, str) else features, mix, size, train_split)
@@ -211,6 +218,7 @@ def train_rpo(
     Raises:
         InputError: an input is missing, or policy and pairs do not fit.
     """
+    launching.check(options)
     folder, manifest = open_policy(policy)
     size = size_of(folder)
     dataset = Dataset.open(pairs, PAIRS)
@@ -285,7 +293,7 @@ def _train(
     """Run the loop, finish the artifact, clear up."""
     tracker = context.tracker
     order = TrainingOrder(objective, options, context.folder.uri)
-    needs_ray = launching.num_workers > 0 and launching.group is None
+    needs_ray = WorkerRange.of(launching.num_workers).most > 0 and launching.group is None
     label = f"{context.name} ({objective.name})"
     with connect() if needs_ray else nullcontext(), Progress(label=label, total=options.steps) as progress:
         seen = 0

@@ -10,6 +10,7 @@ from pipelines.training.average import Average
 from pipelines.training.batches import RowGroups, to_device, validation_batches
 from pipelines.training.engine import Engine
 from pipelines.training.objective import Objective
+from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan
 from pipelines.training.world import World
 
@@ -17,8 +18,8 @@ from pipelines.training.world import World
 class Validation:
     """The validation rows of an objective, if it has any."""
 
-    def __init__(self, objective: Objective, plan: BatchPlan, seed: int, world: World) -> None:
-        self._objective, self._plan, self._seed, self._world = objective, plan, seed, world
+    def __init__(self, objective: Objective, options: TrainingOptions, plan: BatchPlan, world: World) -> None:
+        self._objective, self._options, self._plan, self._world = objective, options, plan, world
         data = objective.validation_data
         self._groups = RowGroups(data, objective.columns) if data is not None else None
 
@@ -36,7 +37,14 @@ class Validation:
         engine.train(False)
         sums: dict[str, Tensor] = {}
         count = 0
-        batches = validation_batches(self._groups, self._plan, self._world.rank, self._seed, self._objective.collate)
+        batches = validation_batches(
+            self._groups,
+            self._plan,
+            self._world.rank,
+            self._options.seed,
+            self._objective.collate,
+            whole=self._options.batch_size // self._options.accumulation,
+        )
         with average.in_place(), torch.no_grad():
             for batch in batches:
                 self._world.pulse.at(step, "validation")

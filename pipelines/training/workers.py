@@ -16,9 +16,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -26,10 +25,10 @@ from pipelines.cluster import cluster_cpus, cluster_gpus
 from pipelines.devices import cpu_device
 from pipelines.errors import EnvironmentFailed, InputError, PipelineError
 from pipelines.training.adjustments import MemoryRanOut
-from pipelines.training.stall import Heart, Place, StallBoard
+from pipelines.training.order_book import Order, OrderBook, Result_co
+from pipelines.training.stall import Heart
+from pipelines.training.worker_range import NumWorkers, WorkerRange
 from pipelines.training.world import Report, World
-
-Result_co = TypeVar("Result_co", covariant=True)
 
 DEFAULT_MAX_FAILURES = 3
 IDLE_CPUS = 0.1
@@ -39,149 +38,18 @@ POLL_S = 0.2
 START_WARNING_S = 120.0
 FAREWELL_S, BROKEN_OFF_S = 60.0, 3.0
 """How long to wait for idle workers to leave, and for workers that an error left in the middle of a training."""
+RESIZE_CHECK_S = 60.0
+"""How often a group that may grow looks whether there is room for more workers: each growth costs a start."""
 RETRIED = (RuntimeError, OSError)
 """What the death of a peer, a lost node or storage looks like from inside a worker; anything else is a defect."""
-
-
-class Order(Protocol[Result_co]):
-    """Work for a whole group, picklable; every rank runs it, and must pick up from what it finds in `out`."""
-
-    @property
-    def out(self) -> str:
-        """Folder on storage that all workers see."""
-        ...
-
-    @property
-    def stall_timeout_s(self) -> float | None:
-        """Seconds without progress after which a rank is ended and the group started again; None: not watched."""
-        ...
-
-    def run(self, world: World, report: Report) -> Result_co | None:
-        """Do this rank's share; the result on rank 0, once all ranks are through, and None on the others."""
-        ...
-
-
-@dataclass
-class _Entry:
-    order: Order[Any]
-    attempts: int = 0
-    board: StallBoard | None = None
-    """Of the attempt that runs."""
-    named: bool = False
-    """Whether ranks that hang in this attempt were named."""
-    excused: bool = False
-    """Whether this attempt does not count."""
-    result: Any = None
-    error: str | None = None
-    exit_code: int = 1
-    progress: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-
-    @property
-    def is_open(self) -> bool:
-        return self.result is None and self.error is None
-
-
-class OrderBook:
-    """The actor that hands out orders and takes results; both sides poll it, so it never blocks."""
-
-    def __init__(self, max_failures: int) -> None:
-        self._entries: list[_Entry] = []
-        self._max_failures = max_failures
-        self._closed = False
-        self._nodes: dict[int, str] = {}
-
-    def place(self, order: Order[Any]) -> int:
-        """Add an order; returns its number."""
-        self._entries.append(_Entry(order))
-        return len(self._entries) - 1
-
-    def enrol(self, rank: int, node_id: str) -> None:
-        """Note on which node a rank runs."""
-        self._nodes[rank] = node_id
-
-    def nodes(self) -> dict[int, str]:
-        """Return the node id of every rank that has enrolled."""
-        return dict(self._nodes)
-
-    def close(self) -> None:
-        """Let the workers go home."""
-        self._closed = True
-
-    def next(self, after: int) -> tuple[str, int, Order[Any] | None]:
-        """Return ("work", number, order) of the first open order above `after`, or "wait", or "stop"."""
-        if self._closed:
-            return "stop", -1, None
-        for number in range(after + 1, len(self._entries)):
-            if self._entries[number].is_open:
-                return "work", number, self._entries[number].order
-        return "wait", -1, None
-
-    def begin(self, number: int) -> bool:
-        """Count an attempt; False, and the order fails, when there were too many."""
-        entry = self._entries[number]
-        entry.attempts += 1
-        if entry.attempts > self._max_failures + 1 and entry.is_open:
-            entry.error = (
-                f"{entry.order.out}: the workers died {self._max_failures + 1} times in this work; "
-                "see their logs, then run the same command again"
-            )
-            entry.exit_code = EnvironmentFailed.exit_code
-        limit_s = entry.order.stall_timeout_s
-        entry.board = None if limit_s is None else StallBoard(limit_s)
-        entry.named = entry.excused = False
-        return entry.is_open
-
-    def excuse(self, number: int) -> None:
-        """Do not count the attempt that runs: it ends so that the next one can be another. Every rank may say so."""
-        entry = self._entries[number]
-        entry.attempts -= not entry.excused
-        entry.excused = True
-
-    def leave(self, number: int) -> None:
-        """Watch nobody until the next attempt: this one is over, and its ranks go silent."""
-        self._entries[number].board = None
-
-    def beat(self, number: int, rank: int, place: Place | None) -> bool:
-        """Take a sign of life; True tells the rank that the others wait for it and that it is to end itself."""
-        board = self._entries[number].board
-        return board is not None and board.hear(rank, place, time.monotonic())
-
-    def stalled(self, number: int) -> str | None:
-        """Say which ranks hang, once for every attempt."""
-        entry = self._entries[number]
-        if entry.board is None or entry.named:
-            return None
-        stall = entry.board.stall(time.monotonic())
-        entry.named = stall is not None
-        return None if stall is None else stall.line(entry.board.limit_s)
-
-    def report(self, number: int, step: int, metrics: dict[str, float]) -> None:
-        """Take progress from a rank."""
-        self._entries[number].progress.append((step, metrics))
-
-    def finish(self, number: int, result: Any) -> None:
-        """Take a result from rank 0."""
-        self._entries[number].result = result
-
-    def fail(self, number: int, error: str, exit_code: int) -> None:
-        """Take an error that a further attempt would meet again."""
-        entry = self._entries[number]
-        if entry.is_open:
-            entry.error, entry.exit_code = error, exit_code
-
-    def state(self, number: int) -> tuple[Any, str | None, int, list[tuple[int, dict[str, float]]]]:
-        """Return (result, error, exit code, progress reported since the last call)."""
-        entry = self._entries[number]
-        news, entry.progress = entry.progress, []
-        return entry.result, entry.error, entry.exit_code, news
 
 
 class WorkerGroup:
     """The driver's handle of a running group."""
 
-    def __init__(self, book: Any, thread: threading.Thread, failure: list[BaseException], num_workers: int) -> None:
+    def __init__(self, book: Any, thread: threading.Thread, failure: list[BaseException], workers: WorkerRange) -> None:
         self._book, self._thread, self._failure = book, thread, failure
-        self.num_workers = num_workers
+        self.workers = workers
 
     def nodes(self) -> dict[int, str]:
         """Return the Ray node id of every rank that has started."""
@@ -196,6 +64,17 @@ class WorkerGroup:
             PipelineError: what the work itself raised, with its exit code.
             EnvironmentFailed: the group cannot be kept alive.
         """
+        from ray.exceptions import RayActorError
+
+        try:
+            return self._follow(order, report)
+        except RayActorError as error:
+            raise EnvironmentFailed(
+                f"{order.out}: the actor that holds the workers together is gone ({_first_line(error)}); "
+                "run the same command again"
+            ) from error
+
+    def _follow(self, order: Order[Result_co], report: Report) -> Result_co:
         import ray
 
         number = ray.get(self._book.place.remote(order))
@@ -220,48 +99,56 @@ class WorkerGroup:
                 warned = True
             elif not warned and time.monotonic() - placed > START_WARNING_S:
                 warned = True
-                logging.getLogger(__name__).warning("still waiting for %d training workers", self.num_workers)
+                logging.getLogger(__name__).warning("still waiting for %s training workers", self.workers)
             time.sleep(POLL_S)
 
 
 @contextmanager
 def warm_workers(
-    num_workers: int,
+    num_workers: NumWorkers,
     *,
     cpus_per_worker: float = 1,
     gpus_per_worker: int | None = None,
     max_failures: int = DEFAULT_MAX_FAILURES,
+    resize_check_s: float = RESIZE_CHECK_S,
 ) -> Iterator[WorkerGroup]:
     """Keep a group of training workers inside the block; they start at once, in the background.
 
     Args:
-        num_workers: processes; with GPUs packed on few nodes, otherwise spread over the nodes.
+        num_workers: processes, or a range of them; with GPUs packed on few nodes, otherwise spread over the nodes.
         cpus_per_worker: what each reserves; `IDLE_CPUS` for a group that lies idle while other stages run.
         gpus_per_worker: 0 or 1; None is 1 where the cluster has so many now. With 1 the group waits for a cluster that
             is still growing.
         max_failures: how often one training may lose its workers.
+        resize_check_s: how often a range looks whether there is room for more.
 
     Raises:
         InputError: the cluster can never hold the group.
     """
     import ray
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    gpu = cluster_gpus() >= num_workers if gpus_per_worker is None else gpus_per_worker > 0
-    if gpus_per_worker != 1 and cluster_cpus() < num_workers * cpus_per_worker:
+    workers = WorkerRange.of(num_workers)
+    gpu = cluster_gpus() >= workers.least if gpus_per_worker is None else gpus_per_worker > 0
+    if gpus_per_worker != 1 and cluster_cpus() < workers.least * cpus_per_worker:
         raise InputError(
-            f"--num-workers {num_workers}: the cluster has {cluster_cpus():g} CPUs and {cluster_gpus():g} GPUs; "
+            f"--num-workers {workers}: the cluster has {cluster_cpus():g} CPUs and {cluster_gpus():g} GPUs; "
             "on one that grows when asked, give --gpus-per-worker 1"
         )
     scratch = tempfile.mkdtemp(prefix="workers-")
-    book: Any = ray.remote(OrderBook).options(num_cpus=0).remote(max_failures)
+    # Beside the driver, as Ray's own controller: another node may be lost, and the training goes on without it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    book: Any = ray.remote(OrderBook).options(num_cpus=0, scheduling_strategy=here).remote(max_failures)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"book": book, "gpu": gpu},
+        train_loop_config={"book": book, "gpu": gpu, "most": workers.most if workers.is_elastic else None},
         scaling_config=ScalingConfig(
-            num_workers=num_workers,
+            num_workers=(workers.least, workers.most) if workers.is_elastic else workers.most,
+            elastic_resize_monitor_interval_s=resize_check_s,
             use_gpu=gpu,
             resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpu else {})},
             placement_strategy="PACK" if gpu else "SPREAD",
@@ -286,11 +173,12 @@ def warm_workers(
     thread.start()
     patience_s = BROKEN_OFF_S
     try:
-        yield WorkerGroup(book, thread, failure, num_workers)
+        yield WorkerGroup(book, thread, failure, workers)
         patience_s = FAREWELL_S
     finally:
-        ray.get(book.close.remote())
-        thread.join(timeout=patience_s)
+        with suppress(RayError):
+            ray.get(book.close.remote())
+            thread.join(timeout=patience_s)
         ray.kill(book)
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -308,8 +196,8 @@ def _work(config: dict[str, Any]) -> None:
         assert isinstance(device, torch.device)
     else:
         device = cpu_device()
-    world = World(context.get_world_rank(), context.get_world_size(), device)
-    ray.get(book.enrol.remote(world.rank, ray.get_runtime_context().get_node_id()))
+    world = World(context.get_world_rank(), context.get_world_size(), device, most=config["most"])
+    ray.get(book.enrol.remote(world.rank, world.size, ray.get_runtime_context().get_node_id()))
     number = -1
     while True:
         what, found, order = ray.get(book.next.remote(number))
@@ -325,7 +213,7 @@ def _work(config: dict[str, Any]) -> None:
 def _do(book: Any, number: int, order: Order[Any], world: World) -> None:
     import ray
 
-    may_start = world.share(ray.get(book.begin.remote(number)) if world.is_main else None)
+    may_start = world.share(ray.get(book.begin.remote(number, world.size)) if world.is_main else None)
     if not may_start:
         return
     try:

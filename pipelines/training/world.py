@@ -48,6 +48,8 @@ class World:
     device: torch.device
     pulse: Pulse = field(default_factory=Pulse, compare=False)
     """Where this rank is, for whoever watches that it does not hang."""
+    most: int | None = None
+    """Ranks of this group when it is whole; None where their number never changes."""
 
     @property
     def is_main(self) -> bool:

@@ -43,8 +43,13 @@ def test_a_preference_training_takes_its_size_from_the_policy_and_holds_a_refere
     assert said.startswith("tiny: 2 workers, 4 samples")
     assert "no stage fits" in said
     options = cli.parse("train_rpo", train_rpo.Options, (*words, "--batch-size", "9"))
-    with pytest.raises(InputError, match="--batch-size 9 is no multiple of 2 workers"):
+    with pytest.raises(InputError, match="--batch-size 9 does not divide by 2 workers"):
         train_rpo.main(options)
+    assert train_rpo.main(cli.parse("train_rpo", train_rpo.Options, (*words, "--num-workers", "1:2"))) == 0
+    said = capsys.readouterr().out
+    # One worker alone takes as many at once as each of two.
+    assert "tiny: 1 workers, 4 samples at once" in said
+    assert "tiny: 2 workers, 4 samples at once" in said
     assert not (tmp_path / "out").exists()
 
 

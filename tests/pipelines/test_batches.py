@@ -114,8 +114,11 @@ def test_a_source_that_starts_later_continues_the_sequence(features: Path) -> No
 def test_validation_uses_all_whole_batches_in_order_with_the_same_draws(features: Path) -> None:
     toy = ToyObjective(features=str(features))
     groups = RowGroups(toy.validation_data or toy.training_data, toy.columns)
-    first, again = (list(validation_batches(groups, BatchPlan(8, 1), 0, 3, toy.collate)) for _ in range(2))
+    first, again = (list(validation_batches(groups, BatchPlan(8, 1), 0, 3, toy.collate, whole=8)) for _ in range(2))
     assert [batch["position"].tolist() for batch in first] == [list(range(8)), list(range(8, 16))]
+    # Smaller micro batches see the same rows.
+    parts = list(validation_batches(groups, BatchPlan(8, 1, 2), 0, 3, toy.collate, whole=8))
+    assert [position for batch in parts for position in batch["position"].tolist()] == list(range(16))
     assert all((a["target"] == b["target"]).all() for a, b in zip(first, again, strict=True))
 
 

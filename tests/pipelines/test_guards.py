@@ -69,7 +69,7 @@ def _clips_of_steps(features: str, steps: Sequence[int], number: int = 0) -> lis
     return batches
 
 
-def _two_clips_that_meet_in_another_way(features: str) -> tuple[str, str]:
+def two_clips_that_meet_in_another_way(features: str) -> tuple[str, str]:
     """Clips of steps 8 and 9 that make two bad steps in a row only there, and none in the order after a rollback."""
     before, after = _clips_of_steps(features, range(8)), _clips_of_steps(features, range(6, 12), number=1)
     for first in _clips_of_steps(features, [8])[0]:
@@ -83,7 +83,7 @@ def _two_clips_that_meet_in_another_way(features: str) -> tuple[str, str]:
 def test_fault_26_bad_steps_in_a_row_lead_back_to_the_last_checkpoint_and_on_in_another_order(
     features: str, tmp_path: Path
 ) -> None:
-    poisoned = ToyObjective(features=features, poison=_two_clips_that_meet_in_another_way(features))
+    poisoned = ToyObjective(features=features, poison=two_clips_that_meet_in_another_way(features))
     options = dataclasses.replace(OPTIONS, ema_decay=0.9, validate_every=4)
     result = _fit(poisoned, options, tmp_path / "whole")
     assert result is not None
@@ -107,7 +107,7 @@ def test_fault_26_bad_steps_in_a_row_lead_back_to_the_last_checkpoint_and_on_in_
 def test_steps_before_a_rollback_keep_their_order_when_a_still_earlier_checkpoint_is_used(
     features: str, tmp_path: Path
 ) -> None:
-    poisoned = ToyObjective(features=features, poison=_two_clips_that_meet_in_another_way(features))
+    poisoned = ToyObjective(features=features, poison=two_clips_that_meet_in_another_way(features))
     result = _fit(poisoned, OPTIONS, tmp_path / "whole")
     assert result is not None
     out = tmp_path / "cut"

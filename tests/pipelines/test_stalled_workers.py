@@ -10,7 +10,8 @@ from pipelines.training.adjustments import read_adjustments
 from pipelines.training.journal import read_journal
 from pipelines.training.loop import TrainingOrder
 from pipelines.training.options import TrainingOptions
-from pipelines.training.workers import OrderBook, WorkerGroup
+from pipelines.training.order_book import OrderBook
+from pipelines.training.workers import WorkerGroup
 from tests.toy_objective import HUNGER_BYTES, ToyObjective
 from tests.training_runs import losses_of, run_training, two_workers
 

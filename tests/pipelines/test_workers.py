@@ -16,7 +16,8 @@ from pipelines.errors import InputError, PipelineError
 from pipelines.training.journal import read_journal
 from pipelines.training.loop import TrainingOrder, TrainingResult
 from pipelines.training.options import TrainingOptions
-from pipelines.training.workers import OrderBook, WorkerGroup, warm_workers
+from pipelines.training.order_book import OrderBook
+from pipelines.training.workers import WorkerGroup, warm_workers
 from tests.pipelines.test_units import Maker, clips
 from tests.pipelines.test_units import run as run_test_units
 from tests.toy_objective import ToyObjective
