@@ -29,8 +29,9 @@ from pipelines.data.store import MANIFEST
 from pipelines.tracking import LAUNCH_VARIABLE, LaunchReference
 from pipelines.training import checkpoints
 from pipelines.training.journal import read_journal
-from pipelines.training.loop import CHECKPOINTS, JOURNAL
+from pipelines.training.loop import CHECKPOINTS
 from pipelines.training.workers import DEFAULT_MAX_FAILURES
+from pipelines.training.workplace import JOURNAL
 from tests.faults.kill_storm import descendants
 from tests.feature_factory import write_features
 
