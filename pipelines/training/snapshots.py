@@ -29,6 +29,7 @@ from pipelines.training.world import World
 
 STATE = "training.json"
 AVERAGE = "average.safetensors"
+AGAIN = "run the same command again"
 POLL_S, REMOTE_POLL_S = 0.05, 1.0
 """Between two looks for a receipt, on a mounted folder and in an object store."""
 RECEIPT_LIMIT_S = 1800.0
@@ -89,10 +90,11 @@ class Snapshots:
                 self._write(open_folder(f"{self._root.uri}/{name}"), step, writers, metric)
             except (OSError, PipelineError) as error:
                 kind = type(error) if isinstance(error, PipelineError) else EnvironmentFailed
-                again = "" if isinstance(error, PipelineError) else "; free the storage and run the same command again"
+                reason = str(error).splitlines()[0]
+                # What another rank's storage said in its receipt says so itself.
+                again = "" if AGAIN in reason else f"; free the storage and {AGAIN}"
                 self._failure = kind(
-                    f"{self._root.uri}: the checkpoint of step {step} cannot be written "
-                    f"({str(error).splitlines()[0]}){again}"
+                    f"{self._root.uri}: the checkpoint of step {step} cannot be written ({reason}){again}"
                 )
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
@@ -142,7 +144,8 @@ class Snapshots:
             files = {name: _put(folder, name, write) for name, write in writers.items()}
         except (OSError, PipelineError) as error:
             checkpoints.publish_receipt(folder, rank, {}, error=str(error))
-            raise OSError(f"rank {rank}: {error}") from error
+            kind = type(error) if isinstance(error, PipelineError) else OSError
+            raise kind(f"rank {rank}: {error}") from error
         checkpoints.publish_receipt(folder, rank, files, error=None)
         if rank == 0:
             self._complete(folder, step, metric)

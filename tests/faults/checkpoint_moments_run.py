@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from pipelines.data.storage import Folder
 from pipelines.errors import PipelineError
 from pipelines.training import checkpoints
 from pipelines.training.fragments import HostCopy
@@ -83,8 +84,8 @@ def arrange(moment: str) -> None:
         path.write_bytes(os.urandom(5000))
         die()
 
-    def delete_some(root: Path, *_: Any) -> None:
-        oldest = min(root.glob("step_*"))
+    def delete_some(root: Folder, *_: Any) -> None:
+        oldest = min(root.local_path().glob("step_*"))
         next(oldest.glob("*.safetensors")).unlink()
         die()
 

@@ -65,7 +65,9 @@ def test_one_rank_that_cannot_write_stops_both_by_name_and_the_checkpoint_before
     folder, found = ran
     for said in found["no_space"]["told"]:
         assert said.startswith("exit 3: ")
-        assert "the checkpoint of step 6 cannot be written (rank 1: [Errno 28] No space left" in said
+        assert "the checkpoint of step 6 cannot be written (rank 1: " in said
+        assert "No space left on device" in said
+        assert said.count("run the same command again") == 1
     assert found["no_space"]["step"] == 3
     assert found["no_space"]["then"][0].startswith("done; checkpoint step_00000006-1 passed over: no COMPLETE file")
     _assert_as_quiet(folder, "no_space")
@@ -84,4 +86,6 @@ def test_two_ranks_roll_back_to_the_same_checkpoint_and_go_on_in_the_same_other_
     assert [record.get("order") for record in records] == [None] * 6 + [1.0] * 6
     assert len(records) == OPTIONS.steps
     # One rank has both halves of every batch: only two ranks in the same order have the same losses.
-    assert losses_of(folder / "rollback") == pytest.approx(losses_of(folder / "rollback_alone"), rel=5e-6)
+    two, one = losses_of(folder / "rollback"), losses_of(folder / "rollback_alone")
+    assert [loss is None for loss in two] == [loss is None for loss in one]
+    assert [x for x in two if x is not None] == pytest.approx([x for x in one if x is not None], rel=5e-6)
