@@ -1,7 +1,7 @@
 """SIGKILL of a training's driver, then the same command: the journal and the weights of an uninterrupted run.
 
 Real processes, real signals, the real jobs. The death of a worker is in tests/pipelines/test_workers.py, where a warm
-group is at hand; here, marked slow, also with two Ray workers under the driver.
+group is at hand; a driver of two Ray workers dies in test_submitted_training.py, with its whole cluster.
 """
 
 import json
@@ -100,12 +100,3 @@ def test_train_sf_cavp_killed_in_the_middle_ends_like_an_uninterrupted_run(tmp_p
     features = write_world(tmp_path / "features", {"train": 40, "val": 8})
     flags = ["--size", "tiny", "--features", str(features), "--num-workers", "0", *_steps(8, 3)]
     _killed_equals_whole("train_sf_cavp", flags, "sf_cavp.safetensors", tmp_path, kill_at=4)
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_driver_of_two_ray_workers_killed_in_the_middle_ends_like_an_uninterrupted_run(tmp_path: Path) -> None:
-    features = write_features(tmp_path / "features", {"train": 40, "val": 8})
-    flags = ["--size", "tiny", "--features", str(features), "--num-workers", "2", "--zero-stage", "2"]
-    flags += ["--ema-width", "None", *_steps(12, 4)]
-    _killed_equals_whole("train_mmdit", flags, "network.safetensors", tmp_path, kill_at=6)
