@@ -154,8 +154,9 @@ def _be_rank(order: TrainingOrder, meeting: Path, prepare: Callable[[int], None]
 
 
 if __name__ == "__main__":
-    # DeepSpeed once, before the ranks are forked.
-    import deepspeed  # noqa: F401
+    # What DeepSpeed and torch import late, once, before the ranks are forked.
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    import torch._dynamo
 
     found = main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
     Path(sys.argv[1], "found.json").write_text(json.dumps(found))
