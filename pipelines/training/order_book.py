@@ -48,6 +48,8 @@ class _Entry:
     error: str | None = None
     exit_code: int = 1
     progress: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    furthest: int = 0
+    """Step that an attempt has reported."""
 
     @property
     def is_open(self) -> bool:
@@ -100,7 +102,7 @@ class OrderBook:
         entry.world_size = world_size
         if entry.attempts > self._max_failures + 1 and entry.is_open:
             entry.error = (
-                f"{entry.order.out}: the workers died {self._max_failures + 1} times in this work; "
+                f"{entry.order.out}: the workers died {self._max_failures + 1} times in a row without a step further; "
                 "see their logs, then run the same command again"
             )
             entry.exit_code = EnvironmentFailed.exit_code
@@ -134,8 +136,11 @@ class OrderBook:
         return None if stall is None else stall.line(entry.board.limit_s)
 
     def report(self, number: int, step: int, metrics: dict[str, float]) -> None:
-        """Take progress from a rank."""
-        self._entries[number].progress.append((step, metrics))
+        """Take progress from a rank. A step that no attempt had taken clears the account of deaths."""
+        entry = self._entries[number]
+        entry.progress.append((step, metrics))
+        if step > entry.furthest:
+            entry.furthest, entry.attempts = step, min(entry.attempts, 1)
 
     def finish(self, number: int, result: Any) -> None:
         """Take a result from rank 0."""

@@ -119,7 +119,7 @@ def warm_workers(
         cpus_per_worker: what each reserves; `IDLE_CPUS` for a group that lies idle while other stages run.
         gpus_per_worker: 0 or 1; None is 1 where the cluster has so many now. With 1 the group waits for a cluster that
             is still growing.
-        max_failures: how often one training may lose its workers.
+        max_failures: how often in a row one training may lose its workers without a step further.
         resize_check_s: how often a range looks whether there is room for more.
 
     Raises:
@@ -127,9 +127,6 @@ def warm_workers(
     """
     import ray
     from ray.exceptions import RayError
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     workers = WorkerRange.of(num_workers)
@@ -143,24 +140,8 @@ def warm_workers(
     # Beside the driver, as Ray's own controller: another node may be lost, and the training goes on without it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     book: Any = ray.remote(OrderBook).options(num_cpus=0, scheduling_strategy=here).remote(max_failures)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"book": book, "gpu": gpu, "most": workers.most if workers.is_elastic else None},
-        scaling_config=ScalingConfig(
-            num_workers=(workers.least, workers.most) if workers.is_elastic else workers.most,
-            elastic_resize_monitor_interval_s=resize_check_s,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpu else {})},
-            placement_strategy="PACK" if gpu else "SPREAD",
-        ),
-        run_config=RunConfig(
-            name=f"workers-{uuid.uuid4().hex[:12]}",
-            # Ray Train's own state only: checkpoints are ours and lie with the artifact.
-            storage_path=scratch,
-            failure_config=FailureConfig(max_failures=-1),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
+    config = {"book": book, "gpu": gpu, "most": workers.most if workers.is_elastic else None}
+    trainer = _trainer(config, workers, cpus_per_worker, resize_check_s, scratch)
     failure: list[BaseException] = []
 
     def fit() -> None:
@@ -181,6 +162,35 @@ def warm_workers(
             thread.join(timeout=patience_s)
         ray.kill(book)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _trainer(
+    config: dict[str, Any], workers: WorkerRange, cpus_per_worker: float, resize_check_s: float, scratch: str
+) -> Any:
+    """A `TorchTrainer` whose workers run `_work` with `config`, started again as often as it takes."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    gpu = config["gpu"]
+    return TorchTrainer(
+        _work,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=(workers.least, workers.most) if workers.is_elastic else workers.most,
+            elastic_resize_monitor_interval_s=resize_check_s,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cpus_per_worker, **({"GPU": 1} if gpu else {})},
+            placement_strategy="PACK" if gpu else "SPREAD",
+        ),
+        run_config=RunConfig(
+            name=f"workers-{uuid.uuid4().hex[:12]}",
+            # Ray Train's own state only: checkpoints are ours and lie with the artifact.
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=-1),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
 
 
 def _work(config: dict[str, Any]) -> None:

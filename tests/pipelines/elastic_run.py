@@ -24,6 +24,8 @@ def main(folder: Path) -> dict[str, Any]:
 
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
     environment["RAY_worker_niceness"] = "0"
+    # After a loss Ray may try the old size first; by default it does so for a minute.
+    environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"
     os.environ.update({**LOOPBACK_VARIABLES, **environment})
     from pipelines.training.launch import fit
     from pipelines.training.loop import TrainingOrder

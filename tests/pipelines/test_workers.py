@@ -134,3 +134,17 @@ def test_the_order_book_gives_up_on_a_training_that_keeps_losing_its_workers() -
     assert book.next(-1)[0] == "wait"
     book.close()
     assert book.next(-1)[0] == "stop"
+
+
+def test_workers_may_be_lost_for_ever_as_long_as_each_attempt_gets_a_step_further() -> None:
+    book = OrderBook(max_failures=1)
+    order = TrainingOrder(ToyObjective(features="f"), TrainingOptions(steps=99, batch_size=2, lr=1.0), "out")
+    number = book.place(order)
+    for attempt in range(10):
+        assert book.begin(number)
+        for step in range(attempt, attempt + 3):
+            book.report(number, step, {})
+    # Steps that were taken before count for nothing.
+    assert book.begin(number)
+    book.report(number, 5, {})
+    assert not book.begin(number)
