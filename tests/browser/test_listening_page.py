@@ -139,10 +139,11 @@ def test_a_click_on_a_spectrogram_plays_that_sound_and_stops_the_other(page: Pat
     policy = CONTENT_POLICY.replace("default-src 'none'", "default-src 'none'; connect-src 'self'")
     content = page.read_text().replace("</body>", PLAY).replace(CONTENT_POLICY, policy)
     with PageServer(content) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
         # In real time: a video does not play on Chromium's virtual clock.
         url = f"http://127.0.0.1:{server.server_address[1]}/"
         words = command(tmp_path / "profile", "--remote-debugging-port=0", url)
+        # After what may skip: a server whose socket is closed under it takes a whole core for ever.
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         browser = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             told = server.told.get(timeout=PLAY_LIMIT_S)
