@@ -186,7 +186,7 @@ def test_a_store_that_refuses_a_checkpoint_is_wrong_input_and_named(
 ) -> None:
     uri, faults = broken_s3
     faults.inject("AccessDenied", FOR_EVER, method="PUT", matches=_weights_of(3))
-    with pytest.raises(InputError, match=rf"step 3 cannot be written \({uri}/out/.*AccessDenied"):
+    with pytest.raises(InputError, match=rf"step 3 cannot be written \(rank 0: {uri}/out/.*AccessDenied"):
         _train(f"{uri}/out", whole)
 
 
