@@ -144,7 +144,7 @@ class Storm:
             self.exits.append(code)
             worn_out = code == 3 and self.lost_ranks > DEFAULT_MAX_FAILURES
             # A machine too busy to start Ray: the same command again, as the line says.
-            not_started = code == 3 and "Ray did not start" in _end(self.log).splitlines()[-1]
+            not_started = code == 3 and "did not come up" in _end(self.log).splitlines()[-1]
             assert self.fatal or worn_out or not_started, f"exit {code} that no kill explains: {_end(self.log)}"
             self._start()
         strike = self.strikes[-1] if self.strikes else None
