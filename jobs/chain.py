@@ -36,7 +36,9 @@ class Step:
     @property
     def is_done(self) -> bool:
         """Whether its artifact is finished."""
-        return (Path(self.done) / "manifest.json").exists()
+        from pipelines.data.store import is_finished
+
+        return is_finished(self.done)
 
 
 def parse_all(steps: Sequence[Step], preset: str) -> None:

@@ -59,8 +59,8 @@ def steps(study: "Study", out: str, num_workers: int) -> list[Step]:
     """The stages in order: a whole replicate after the other, so that a study that is cut short has whole ones."""
     workers = ("--num-workers", str(num_workers))
     found = [
-        _step("make_demo_world", out, "world", *cli.flatten(dict(study.world)), *workers),
-        _step("preprocess", out, "features", "--manifest", f"{out}/world/clips.csv", *workers),
+        _step("make_demo_world", out, f"{out}/world", *cli.flatten(dict(study.world)), *workers),
+        _step("preprocess", out, f"{out}/features", "--manifest", f"{out}/world/clips.csv", *workers),
     ]
     for seed in study.seeds:
         found += _replicate(study, out, seed, workers)
@@ -99,7 +99,6 @@ def _replicate(study: "Study", out: str, seed: int, workers: tuple[str, ...]) ->
 
 
 def _step(job: str, out: str, place: str, *flags: str) -> Step:
-    place = place if place.startswith(out) else f"{out}/{place}"
     return Step(place.removeprefix(f"{out}/"), job, (*flags, "--out", place), place)
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipelines.errors import EnvironmentFailed
+from pipelines.errors import EnvironmentFailed, first_line
 
 LOOPBACK_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Read on Linux too: binds every service of a local cluster to 127.0.0.1."""
@@ -41,7 +41,7 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local cluster"
         raise EnvironmentFailed(
-            f"Ray: {where} did not come up ({_first_line(error)}); see that the machine is not overloaded and the "
+            f"Ray: {where} did not come up ({first_line(error)}); see that the machine is not overloaded and the "
             "address is right, then run the same command again"
         ) from error
     try:
@@ -67,10 +67,6 @@ def _init(address: str | None, num_cpus: int | None) -> None:
             logging_level=logging.ERROR,
             log_to_driver=sys.stderr.isatty(),
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def _quiet() -> None:

@@ -15,6 +15,11 @@ EXIT_ENVIRONMENT = 3
 EXIT_REFUSED = 4
 
 
+def first_line(error: object) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
 class PipelineError(RuntimeError):
     """Base of the errors that end a job; `exit_code` is what the process returns."""
 

@@ -288,6 +288,11 @@ def local_folder(location: str, kind: str, only: Collection[str] | None = None) 
     return folder.local_path() if folder.is_local else open_local_files(location, kind, only)[0]
 
 
+def is_finished(location: str) -> bool:
+    """Whether an artifact lies there whole: its manifest is written last."""
+    return open_folder(location).exists(MANIFEST)
+
+
 def contract_of(manifest: Mapping[str, Any]) -> Contract:
     """The contract that a dataset's manifest names."""
     return CONTRACTS[manifest["contract"]]

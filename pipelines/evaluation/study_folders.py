@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.data.store import MANIFEST
+from pipelines.data.store import is_finished
 from pipelines.evaluation.evaluate import measures, read_scores
 from pipelines.evaluation.scores import ClipScores
 from pipelines.evaluation.study import Arm, Study
@@ -67,7 +67,7 @@ def read_cells(study: Study, out: str) -> dict[str, dict[int, ClipScores]]:
     found: dict[str, dict[int, ClipScores]] = {}
     for subject in study.subjects:
         places = {seed: Replicate(out, seed).tested(subject) for seed in study.seeds_of(subject)}
-        done = {seed: read_scores(place)[0] for seed, place in places.items() if is_done(place)}
+        done = {seed: read_scores(place)[0] for seed, place in places.items() if is_finished(place)}
         if done:
             found[subject] = done
     return found
@@ -78,7 +78,7 @@ def read_rankings(study: Study, out: str) -> dict[str, dict[int, RankingResult]]
     found: dict[str, dict[int, RankingResult]] = {}
     for reward in study.rewards:
         places = {seed: Replicate(out, seed).ranked(reward) for seed in study.seeds}
-        done = {seed: ranking_result(read_scores(place)[0]) for seed, place in places.items() if is_done(place)}
+        done = {seed: ranking_result(read_scores(place)[0]) for seed, place in places.items() if is_finished(place)}
         if done:
             found[reward] = done
     return found
@@ -94,7 +94,7 @@ def read_rounds(study: Study, out: str) -> tuple[dict[str, Points], dict[str, Po
     moved: dict[str, Points] = {}
     for arm in (arm for arm in study.arms if arm.job == "rpo_rounds"):
         places = [Replicate(out, seed).arm(arm.name) for seed in arm.seeds]
-        places = [place for place in places if is_done(place)]
+        places = [place for place in places if is_finished(place)]
         if places:
             scored[arm.name] = _mean([_scores_by_round(place, study.num_rounds(arm)) for place in places])
             moved[arm.name] = _mean([_displacements(place, study.num_rounds(arm)) for place in places])
@@ -107,11 +107,6 @@ def policies(study: Study, arm: Arm, place: str) -> dict[str, str]:
         return {arm.name: place}
     last = round_folders(place, study.num_rounds(arm) - 1)
     return dict(zip(arm.subjects, (last.policy, last.control), strict=False))
-
-
-def is_done(place: str) -> bool:
-    """Whether a cell is finished."""
-    return (Path(place) / MANIFEST).exists()
 
 
 def _scores_by_round(place: str, num_rounds: int) -> Points:

@@ -79,12 +79,6 @@ def folder_name(root: Location, step: int) -> str:
     return f"step_{step:08d}-{max(attempts, default=0) + 1}"
 
 
-def digest_files(folder: Location, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Return {name: {size_bytes, sha256}} of files inside `folder`."""
-    place = open_folder(folder)
-    return {name: {"size_bytes": place.size_bytes(name), "sha256": place.sha256(name)} for name in names}
-
-
 def weights_name(rank: int, world_size: int) -> str:
     """Return the name of the file with a rank's share of weights and optimizer."""
     return f"weights_{rank:05d}_of_{world_size:05d}.safetensors"

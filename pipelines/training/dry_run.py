@@ -32,10 +32,10 @@ def memory_lines(
         InputError: the batch cannot be dealt out to the workers.
     """
     world = max(num_workers, 1)
-    share = world * BatchPlan(options.batch_size, world, options.accumulation).accumulation
+    plan = BatchPlan(options.batch_size, world, options.accumulation)
     plans = predict_stages(
         size,
-        batch_per_worker=options.batch_size // share,
+        batch_per_worker=plan.micro_size,
         world_size=world,
         bf16=options.bf16,
         ema=options.ema_width is not None or options.ema_decay is not None,
@@ -44,7 +44,7 @@ def memory_lines(
         lora_rank=options.lora_rank,
         accumulation=options.accumulation,
     )
-    title = f"{size}: {world} workers, {options.batch_size // share} samples at once on each; nothing was started"
+    title = f"{size}: {world} workers, {plan.micro_size} samples at once on each; nothing was started"
     return [title, *memory_table(plans, None if gpu_gib is None else round(gpu_gib * GIBIBYTE))]
 
 

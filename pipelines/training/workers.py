@@ -23,7 +23,7 @@ import torch
 
 from pipelines.cluster import cluster_cpus, cluster_gpus
 from pipelines.devices import cpu_device
-from pipelines.errors import EnvironmentFailed, InputError, PipelineError
+from pipelines.errors import EnvironmentFailed, InputError, PipelineError, first_line
 from pipelines.training.adjustments import MemoryRanOut
 from pipelines.training.order_book import Order, OrderBook, Result_co
 from pipelines.training.stall import Heart
@@ -70,7 +70,7 @@ class WorkerGroup:
             return self._follow(order, report)
         except RayActorError as error:
             raise EnvironmentFailed(
-                f"{order.out}: the actor that holds the workers together is gone ({_first_line(error)}); "
+                f"{order.out}: the actor that holds the workers together is gone ({first_line(error)}); "
                 "run the same command again"
             ) from error
 
@@ -94,7 +94,7 @@ class WorkerGroup:
                 return result
             if not self._thread.is_alive():
                 reason = self._failure[0] if self._failure else "it returned early"
-                raise EnvironmentFailed(f"{order.out}: the training workers are gone: {_first_line(reason)}")
+                raise EnvironmentFailed(f"{order.out}: the training workers are gone: {first_line(reason)}")
             if news:
                 warned = True
             elif not warned and time.monotonic() - placed > START_WARNING_S:
@@ -237,7 +237,7 @@ def _do(book: Any, number: int, order: Order[Any], world: World) -> None:
         raise
     except Exception as error:
         if not isinstance(error, RETRIED):
-            text = f"{order.out}: {type(error).__name__} in a worker: {_first_line(error)}"
+            text = f"{order.out}: {type(error).__name__} in a worker: {first_line(error)}"
             ray.get(book.fail.remote(number, text, 1))
         raise
     if result is not None:
@@ -276,7 +276,3 @@ def _rebuild(message: str, exit_code: int) -> PipelineError:
         kind.exit_code: kind for kind in (InputError, EnvironmentFailed)
     }
     return kinds.get(exit_code, PipelineError)(message)
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().split("\n")[0]

@@ -1,8 +1,7 @@
-"""The body of test_fault_cluster, in a process of its own: what Ray reads at its import must be set before."""
+"""The body of test_fault_cluster; see `tests.own_process`."""
 
 import json
 import os
-import secrets
 import subprocess
 import sys
 import time
@@ -15,14 +14,6 @@ CLIPS = 700
 
 def main(folder: Path) -> dict[str, Any]:
     """Preprocess on two nodes; kill the second, later the head; start another head and give the same command."""
-    sys.path.insert(0, str(ROOT))
-    from pipelines.cluster import LOOPBACK_VARIABLES
-
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
-    environment["RAY_worker_niceness"] = "0"
-    # How long a driver looks for a head that is gone.
-    environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"
-    os.environ.update({**LOOPBACK_VARIABLES, **environment})
     from tests.faults.kill_storm import make_corpus
     from tests.pipelines.two_nodes_run import start_cluster
 

@@ -1,8 +1,7 @@
-"""The body of test_submitted_training, in a process of its own: what Ray reads at its import must be set before."""
+"""The body of test_submitted_training; see `tests.own_process`."""
 
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -20,12 +19,8 @@ LIMIT_S = 240.0
 
 def main(folder: Path) -> dict[str, Any]:
     """Submit a training to a cluster, SIGKILL all of that in the middle, and submit the same to another one."""
-    sys.path.insert(0, str(ROOT))
-    from pipelines.cluster import LOOPBACK_VARIABLES
     from tests.feature_factory import write_features
 
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
-    os.environ.update({**LOOPBACK_VARIABLES, **environment})
     features = write_features(folder / "features", {"train": 40, "val": 8})
     out = folder / "out"
     for name in ("jobs", "models", "pipelines"):

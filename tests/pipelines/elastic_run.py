@@ -1,9 +1,7 @@
-"""The body of test_elastic, in a process of its own: what Ray reads at its import must be set before."""
+"""The body of test_elastic; see `tests.own_process`."""
 
 import dataclasses
 import json
-import os
-import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
 STEPS, BATCH = 18, 12
 LOSE_AT, HOLD_AT = 5, 11
 LIMIT_S = 300.0
@@ -19,14 +16,6 @@ LIMIT_S = 300.0
 
 def main(folder: Path) -> dict[str, Any]:
     """Train on two nodes, lose one in the middle, give another one back; and the same undisturbed in this process."""
-    sys.path.insert(0, str(ROOT))
-    from pipelines.cluster import LOOPBACK_VARIABLES
-
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
-    environment["RAY_worker_niceness"] = "0"
-    # After a loss Ray may try the old size first; by default it does so for a minute.
-    environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"
-    os.environ.update({**LOOPBACK_VARIABLES, **environment})
     from pipelines.training.launch import fit
     from pipelines.training.loop import TrainingOrder
     from pipelines.training.options import TrainingOptions

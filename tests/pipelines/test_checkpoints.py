@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.training import checkpoints
+from tests.checkpoint_files import digest_files
 
 
 def _write(root: Path, step: int, metric: float | None = None) -> Path:
@@ -13,7 +14,7 @@ def _write(root: Path, step: int, metric: float | None = None) -> Path:
     (folder / "inner").mkdir(parents=True)
     (folder / "weights.pt").write_bytes(bytes([step]) * 100)
     (folder / "inner" / "optimizer.pt").write_bytes(b"o" * 50)
-    files = checkpoints.digest_files(folder, ["inner/optimizer.pt", "weights.pt"])
+    files = digest_files(folder, ["inner/optimizer.pt", "weights.pt"])
     checkpoints.publish(folder, step=step, world_size=2, metric=metric, files=files)
     return folder
 

@@ -18,6 +18,7 @@ from pipelines.training.journal import parse_journal
 from pipelines.training.launch import fit
 from pipelines.training.loop import TrainingOrder, TrainingResult
 from pipelines.training.options import TrainingOptions
+from tests.checkpoint_files import digest_files
 from tests.feature_factory import write_features
 from tests.storage_servers import FOR_EVER, Faults, broken_s3, s3, s3_address
 from tests.toy_objective import ToyObjective
@@ -229,9 +230,7 @@ def test_retention_deletes_objects(s3: str, whole: Whole) -> None:
     for step in (3, 6, 9):
         folder = open_folder(f"{root.uri}/{checkpoints.folder_name(root, step)}")
         folder.write_bytes("weights", bytes([step]))
-        checkpoints.publish(
-            folder, step=step, world_size=1, metric=None, files=checkpoints.digest_files(folder, ["weights"])
-        )
+        checkpoints.publish(folder, step=step, world_size=1, metric=None, files=digest_files(folder, ["weights"]))
     open_folder(f"{root.uri}/step_00000004-1").write_bytes("half", b"uploaded")
     checkpoints.retain(root, keep_last=1)
     assert root.list_names() == ["step_00000009-1"]

@@ -1,9 +1,6 @@
 """Preprocess and a training with two workers across two raylets, each shown to have run on both nodes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,24 +8,13 @@ import pytest
 from pipelines.data.contracts import FEATURES
 from pipelines.data.store import Dataset
 from pipelines.training.journal import read_journal
-
-LIMIT_S = 560.0
+from tests.own_process import run_with_own_ray
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_preprocess_and_training_run_on_both_nodes(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("two_nodes_run.py")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run_with_own_ray(Path(__file__).with_name("two_nodes_run.py"), tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found["nodes"]) == 2
     assert found["preprocess"] == found["nodes"]

@@ -1,25 +1,15 @@
-"""The body of test_two_nodes, in a process of its own: what Ray reads at its import must be set before."""
+"""The body of test_two_nodes; see `tests.own_process`."""
 
 import json
-import os
-import secrets
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
 START_ATTEMPTS = 4
 
 
 def main(folder: Path) -> dict[str, Any]:
     """Start two nodes of one CPU each, preprocess and train across them, and tell which node did what."""
-    sys.path.insert(0, str(ROOT))
-    from pipelines.cluster import LOOPBACK_VARIABLES
-
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
-    # Ray lowers its workers to niceness 15, where anything else that runs starves them.
-    environment["RAY_worker_niceness"] = "0"
-    os.environ.update({**LOOPBACK_VARIABLES, **environment})
     import ray
 
     cluster, _ = start_cluster(2)
