@@ -43,7 +43,8 @@ MARKS = {"rank": "ray::RayTrainWorker", "raylet": "raylet/raylet"}
 IN_RESTART, RESTART_S = 0.3, 25.0
 """Share of the strikes that do not wait for a new step, and the latest moment of such a one after the strike before."""
 CHECKPOINT_EVERY = 5
-STEPS_PER_KILL = 3 * CHECKPOINT_EVERY
+STEPS_PER_KILL = 6 * CHECKPOINT_EVERY
+"""More than the kills wait for, and than orphaned ranks take before they end."""
 POLL_S = 0.01
 PATIENCE_S = 600.0
 """Longest time without a new step or an exit."""
@@ -58,16 +59,18 @@ class Strike:
     in_restart: bool
     """It came before the first new step after the strike before it."""
     step: int
-    """Furthest step that the journal had."""
+    """Furthest step that the journal had when the victim was killed."""
+    furthest: int | None = None
+    """Furthest step when the next attempt began: ranks outlive their driver or raylet by a moment, and train on."""
     resumed_from: int | None = None
     """Step of the checkpoint that the next attempt began with; None where the next strike came first."""
     new_step_s: float | None = None
-    """From the kill to the first step that had not been taken before; None where the next strike came first."""
+    """From the kill to the first step that no attempt before had taken; None where the next strike came first."""
 
     @property
     def lost_steps(self) -> int | None:
         """Steps that had to be taken again."""
-        return None if self.resumed_from is None else self.step - self.resumed_from
+        return None if self.resumed_from is None or self.furthest is None else self.furthest - self.resumed_from
 
 
 @dataclass
@@ -90,7 +93,7 @@ class Storm:
             if in_restart:
                 self._watch_for(self.rng.uniform(0, RESTART_S))
             else:
-                self._watch_until(self.furthest + self.rng.randint(1, 2 * CHECKPOINT_EVERY))
+                self._watch_until(self.rng.randint(1, 2 * CHECKPOINT_EVERY))
                 self._watch_for(self.rng.uniform(0, 0.2))
             self._strike(in_restart)
         self._watch_until(None)
@@ -124,18 +127,23 @@ class Storm:
             self._look()
             time.sleep(POLL_S)
 
-    def _watch_until(self, step: int | None) -> None:
-        """Until the journal has this step; None: until the training is done."""
+    def _watch_until(self, new_steps: int | None) -> None:
+        """Until the run is past its last kill by so many new steps; None: until the training is done."""
         seen, moved = (self.furthest, len(self.exits)), time.monotonic()
         while self.driver.poll() is None or not (self.out / MANIFEST).exists():
-            if step is not None and self.furthest >= step:
+            if new_steps is not None and self._new_steps() >= new_steps:
                 return
             self._look()
             if seen != (self.furthest, len(self.exits)):
                 seen, moved = (self.furthest, len(self.exits)), time.monotonic()
             assert time.monotonic() - moved < PATIENCE_S, f"nothing for {PATIENCE_S:g} s: {_end(self.log)}"
             time.sleep(POLL_S)
-        assert step is None, "the training ended before all kills had landed"
+        assert new_steps is None, "the training ended before all kills had landed"
+
+    def _new_steps(self) -> int:
+        """Steps that the attempt after the last kill has taken and none before it had."""
+        began = self.strikes[-1].furthest if self.strikes else 0
+        return 0 if began is None else self.furthest - began
 
     def _look(self) -> None:
         """Take in the journal, and give the command again where the driver is gone."""
@@ -151,12 +159,12 @@ class Storm:
         if strike is not None and strike.resumed_from is None and self._journal_id() != self.journal_file:
             # The journal has just been cut back to the checkpoint, the next one is some steps away.
             found, _ = checkpoints.newest_complete(self.out / CHECKPOINTS)
-            strike.resumed_from = 0 if found is None else found.step
+            strike.furthest, strike.resumed_from = self.furthest, 0 if found is None else found.step
         records = read_journal(self.out / JOURNAL)
         last = int(records[-1]["step"] or 0) if records else 0
         if last > self.furthest:
             self.furthest = last
-            if strike is not None and strike.new_step_s is None:
+            if strike is not None and strike.furthest is not None and strike.new_step_s is None:
                 strike.new_step_s = time.monotonic() - self.struck_s
 
     def _journal_id(self) -> int | None:
