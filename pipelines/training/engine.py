@@ -2,7 +2,8 @@
 
 What had to be settled so that ZeRO 0, 1, 2, 3 and a plain torch loop give the same losses: the optimizer is torch's
 own AdamW handed in (DeepSpeed's config names have other defaults), and at stage 0 the clipping is ours, because there
-DeepSpeed neither reports a gradient norm nor skips a step whose norm is not finite. From stage 1 on it does both.
+DeepSpeed neither reports a gradient norm nor skips a step whose norm is not finite. From stage 1 on it does both. Also
+at stage 0, DDP averages the gradients (`overlap`).
 bf16 is autocast over float32 weights, MMAudio's recipe; from stage 1 on DeepSpeed keeps a float32 copy of a worker's
 share of them all the same.
 """
@@ -24,6 +25,7 @@ from pipelines.training.fragments import Fragments, HostCopy, copy_to_host
 from pipelines.training.objective import Batch, Gather, Trainee
 from pipelines.training.options import TrainingOptions
 from pipelines.training.order import BatchPlan
+from pipelines.training.overlap import OverlappedAverage
 from pipelines.training.ownership import Ownership
 from pipelines.training.timing import StepClock
 from pipelines.training.world import World
@@ -102,12 +104,15 @@ class Engine:
         self._ownership = Ownership(self._engine, trained, options.zero_stage, world.rank, world.size)
         if options.spike_factor is not None and self._stage > 0:
             self._let_zero_skip_spikes()
-        # At stage 0 gradients are averaged after backward in any case; done by `backward` below, it can be timed.
         self._engine.enable_backward_allreduce = self._stage > 0
+        overlapped = self._stage == 0 and world.size > 1
+        self._overlapped = OverlappedAverage(self._engine, world) if overlapped else None
 
-    def __call__(self, batch: Batch, gather: Gather) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss (scalar) and metrics of a micro batch."""
-        return self._engine(batch, gather)
+    def __call__(self, batch: Batch, gather: Gather, *, last: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (scalar) and metrics of a micro batch, the `last` of its step or not."""
+        if self._overlapped is None or not torch.is_grad_enabled():
+            return self._engine(batch, gather)
+        return self._overlapped(batch, gather, last=last)
 
     def batch_statistics(self) -> list[Tensor]:
         """Return copies of what batch norm has gathered, which forward passes change without any step."""
@@ -145,9 +150,8 @@ class Engine:
         if not last:
             self._engine.step()
             return None
-        if self._stage == 0:
-            with clock.part("communication"):
-                self._engine.allreduce_gradients()
+        if self._overlapped is not None and (waited_s := self._overlapped.waited_s()) is not None:
+            clock.took("communication", waited_s)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._is_spike, self._spike_norm = is_spike or _never, None
@@ -262,6 +266,8 @@ class Engine:
 
     def close(self) -> None:
         """Release buffers and hooks; the weights stay usable except under ZeRO-3."""
+        if self._overlapped is not None:
+            self._overlapped.close()
         self._engine.destroy()
         torch.nn.functional.linear = self._torch_linear
         if self._stage == 3:

@@ -255,6 +255,7 @@ class _Run:
         loss_spike = False
         statistics = self.engine.batch_statistics()
         for micro in range(self.plan.accumulation):
+            last = micro == self.plan.accumulation - 1
             self.world.pulse.at(step, "data")
             with self.clock.part("data"):
                 batch = to_device(next(batches), self.world.device)
@@ -262,11 +263,10 @@ class _Run:
             if probing and micro == 0:
                 probed = self.engine.trainee.probe(batch, self.world.gather)
             with self.clock.part("forward"):
-                loss, metrics = self.engine(batch, self.world.gather)
+                loss, metrics = self.engine(batch, self.world.gather, last=last)
             metrics = {LOSS: loss.detach(), **metrics}
             share = 1.0 / self.plan.accumulation
             totals = {name: totals.get(name, 0.0) + value * share for name, value in metrics.items()}
-            last = micro == self.plan.accumulation - 1
             if last and self._is_loss_spike(totals[LOSS]):
                 # As a loss that is not finite: the engine skips the step on every rank.
                 loss_spike, loss = True, loss * math.nan

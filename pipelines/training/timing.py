@@ -40,6 +40,10 @@ class StepClock:
         yield
         self._host_s[name] = self._host_s.get(name, 0.0) + time.perf_counter() - started
 
+    def took(self, name: Part, seconds: float) -> None:
+        """Note what somebody else has measured for a part."""
+        self._host_s[name] = seconds
+
     def end_step(self) -> dict[str, float]:
         """Seconds by part, as `forward_s`; on a GPU those of the step before, and none after the first step."""
         seconds = {f"{name}_s": spent for name, spent in self._host_s.items()}

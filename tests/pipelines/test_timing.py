@@ -14,7 +14,7 @@ from pipelines.training.timing import DeviceLoad, StepClock, StepMeter
 from tests.feature_factory import write_features
 from tests.toy_objective import ToyObjective
 
-PARTS = ("data_s", "forward_s", "backward_s", "communication_s", "optimizer_s")
+PARTS = ("data_s", "forward_s", "backward_s", "optimizer_s")
 
 
 def test_a_part_that_is_entered_twice_is_added_up_and_a_new_step_starts_from_nothing() -> None:

@@ -1,0 +1,73 @@
+"""Gradients averaged over the workers while backward still runs: torch's DDP around DeepSpeed's engine, at stage 0.
+
+DeepSpeed itself averages at stage 0 only when backward has ended, and the network idles until then.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.training.objective import Batch, Gather
+from pipelines.training.world import World
+
+NS_PER_S = 1e9
+
+
+class OverlappedAverage:
+    """Calls a module whose gradients are, after backward, the mean over all ranks; every rank makes the same calls."""
+
+    def __init__(self, module: nn.Module, world: World) -> None:
+        # A group of its own, so that the collectives of a loss can come in between in any order.
+        self._group: Any = dist.new_group()
+        self._averaged = DistributedDataParallel(
+            _WithIdleParameter(module, world.device),
+            process_group=self._group,
+            broadcast_buffers=False,
+            init_sync=False,  # Every rank has built the same weights, and DeepSpeed has broadcast them.
+            gradient_as_bucket_view=True,
+            find_unused_parameters=True,
+        )
+        if world.device.type == "cpu":
+            # On a GPU a sample waits for the device: there DDP takes one every hundred steps.
+            self._averaged._set_ddp_runtime_logging_sample_rate(1)
+
+    def __call__(self, batch: Batch, gather: Gather, *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward pass; the backward pass after it averages if it is the `last` of the step, else it adds up here."""
+        with nullcontext() if last else self._averaged.no_sync():
+            return self._averaged(batch, gather)
+
+    def waited_s(self) -> float | None:
+        """Return the seconds of a backward pass in which this rank only waited for network and others, or None.
+
+        Of the step before on a CPU, of DDP's last sample on a GPU; None before the first.
+        """
+        found: dict[str, Any] = self._averaged._get_ddp_logging_data()
+        if "backward_comm_time" not in found:
+            return None
+        return (found["backward_comm_time"] - found["backward_compute_comm_overlap_time"]) / NS_PER_S
+
+    def close(self) -> None:
+        """Take the hooks off the parameters and leave the group."""
+        del self._averaged
+        dist.destroy_process_group(self._group)
+
+
+class _WithIdleParameter(nn.Module):
+    """A module and a parameter that takes no part.
+
+    DDP sorts its buckets anew after an attempt's first step, unless some parameter may be unused. Sums of three ranks
+    and more would then be rounded in another order in a resumed run than in one that nothing interrupted. Where
+    parameters may be unused and none is, DDP complains.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.module = module
+        self.idle = nn.Parameter(torch.zeros(1, device=device))
+
+    def forward(self, batch: Batch, gather: Gather) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.module(batch, gather)
