@@ -120,3 +120,18 @@ def test_what_two_workers_began_three_end(home: Path, tmp_path: Path) -> None:
     for stage in (2, 3):
         assert _written_by(tmp_path / str(stage), 9) == 3
         _assert_same(tmp_path / str(stage), home / "whole")
+
+
+def test_three_workers_that_average_within_backward_go_on_bit_for_bit(home: Path, tmp_path: Path) -> None:
+    # Three summands are rounded by the order in which they are added: DDP must not lay out its buckets anew meanwhile.
+    features = str(home / "features")
+    orders = [_order(features, tmp_path / "cut", 0, cut=True), _order(features, tmp_path / "cut", 0, cut=False)]
+    orders.append(_order(features, tmp_path / "whole", 0, cut=False))
+    train_together(orders, 3, tmp_path / "meeting")
+    _assert_same(tmp_path / "cut", tmp_path / "whole", exactly=True)
+    records = read_journal(tmp_path / "whole" / "metrics.jsonl")
+    assert "communication_s" not in records[0]
+    for record in records[1:]:
+        waited_s = record["communication_s"]
+        assert waited_s is not None
+        assert 0 <= waited_s < 60
