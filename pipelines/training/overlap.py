@@ -4,6 +4,7 @@ DeepSpeed itself averages at stage 0 only when backward has ended, and the netwo
 """
 
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,11 +22,9 @@ class OverlappedAverage:
     """Calls a module whose gradients are, after backward, the mean over all ranks; every rank makes the same calls."""
 
     def __init__(self, module: nn.Module, world: World) -> None:
-        # A group of its own, so that the collectives of a loss can come in between in any order.
-        self._group: Any = dist.new_group()
         self._averaged = DistributedDataParallel(
             _WithIdleParameter(module, world.device),
-            process_group=self._group,
+            process_group=_group_for_gradients(dist.group.WORLD),
             broadcast_buffers=False,
             init_sync=False,  # Every rank has built the same weights, and DeepSpeed has broadcast them.
             gradient_as_bucket_view=True,
@@ -51,9 +50,17 @@ class OverlappedAverage:
         return (found["backward_comm_time"] - found["backward_compute_comm_overlap_time"]) / NS_PER_S
 
     def close(self) -> None:
-        """Take the hooks off the parameters and leave the group."""
+        """Let go of the parameters."""
         del self._averaged
-        dist.destroy_process_group(self._group)
+
+
+@cache
+def _group_for_gradients(world: dist.ProcessGroup) -> Any:
+    """Return a second group of all ranks, so that the collectives of a loss can come between those of DDP in any order.
+
+    One for all trainings of a process: a rank that closes its connections early can tear those of a slower one.
+    """
+    return dist.new_group()
 
 
 class _WithIdleParameter(nn.Module):
