@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from models.weights import load_weights
+from pipelines.training.flow_matching_objective import FlowMatchingObjective, fit_starting_policy
 from pipelines.training.journal import read_journal
 from pipelines.training.launch import fit
 from pipelines.training.loop import TrainingOrder
-from pipelines.training.options import TrainingOptions
+from pipelines.training.options import Execution, TrainingOptions
 from tests.feature_factory import write_features
 from tests.toy_objective import ToyObjective
 from tests.training_worlds import train_together
@@ -135,3 +136,29 @@ def test_three_workers_that_average_within_backward_go_on_bit_for_bit(home: Path
         waited_s = record["communication_s"]
         assert waited_s is not None
         assert 0 <= waited_s < 60
+
+
+def test_two_workers_with_other_engines_of_an_mmdit_lose_what_plain_ones_lose(tmp_path: Path) -> None:
+    features = str(write_features(tmp_path / "features", {"train": 40, "val": 8}))
+    fit_starting_policy("tiny", 0, features, "train", tmp_path / "start")
+    plain = TrainingOptions(steps=4, batch_size=8, lr=1e-3, accumulation=2)
+    engines = {
+        "plain": (plain, Execution()),
+        "recomputed": (plain, Execution(activation_checkpointing=True)),
+        "at_once": (dataclasses.replace(plain, accumulation=1), Execution()),
+        "bf16": (dataclasses.replace(plain, bf16=True), Execution()),
+    }
+    orders = []
+    for name, (options, execution) in engines.items():
+        (tmp_path / name).mkdir()
+        objective = FlowMatchingObjective(
+            start=str(tmp_path / "start"), features=features, size="tiny", val_split=None, execution=execution
+        )
+        orders.append(TrainingOrder(objective, options, str(tmp_path / name)))
+    train_together(orders, 2, tmp_path / "meeting")
+    losses = {name: [r["loss"] for r in read_journal(tmp_path / name / "metrics.jsonl")] for name in engines}
+    assert len(losses["plain"]) == 4
+    assert losses["recomputed"] == losses["plain"]
+    assert losses["at_once"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=2e-3)
+    assert losses["bf16"] != losses["plain"]
