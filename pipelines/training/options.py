@@ -8,8 +8,10 @@ from pipelines.training.schedule import Schedule, ScheduleName
 
 NOT_AFFECTING_BYTES = (
     *("checkpoint_every", "keep_last", "keep_every"),
-    *("max_rollbacks", "stall_timeout_s", "offload"),
+    *("max_rollbacks", "stall_timeout_s"),
+    *("zero_stage", "offload"),
 )
+"""Where the optimizer lies changes roundings, as the number of workers does: a run goes on with another choice."""
 LEFT_OUT_WHEN_OFF = ("spike_factor",)
 """Options that came later: at None a fingerprint does not name them, so earlier work keeps its own."""
 
@@ -39,7 +41,8 @@ class TrainingOptions:
     eps: float = 1e-8
     """AdamW's epsilon."""
     zero_stage: int = 0
-    """DeepSpeed ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and weights are dealt out to the workers."""
+    """DeepSpeed ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and weights are dealt out to the workers.
+    A training goes on from its checkpoint with another."""
     bf16: bool = False
     """Forward and backward under bfloat16 autocast; weights and optimizer stay float32."""
     seed: int = 0

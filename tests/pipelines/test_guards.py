@@ -300,9 +300,10 @@ def test_options_of_the_guards_that_cannot_be_are_refused() -> None:
             dataclasses.replace(OPTIONS, **change)
 
 
-def test_a_fingerprint_names_the_spike_factor_only_where_it_is_on() -> None:
+def test_a_fingerprint_names_the_spike_factor_only_where_it_is_on_and_never_where_the_optimizer_lies() -> None:
     plain = OPTIONS.affecting_bytes()
     assert not {"spike_factor", "max_rollbacks", "stall_timeout_s", "offload"} & set(plain)
+    assert dataclasses.replace(OPTIONS, zero_stage=3, offload=True).affecting_bytes() == plain
     assert SPIKES.affecting_bytes()["spike_factor"] == 5.0
 
 
