@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pipelines.data.storage import Location
-from pipelines.errors import EnvironmentFailed
+from pipelines.errors import EnvironmentFailed, first_line
 from pipelines.training.adjustments import MemoryRanOut, RollBack, StartAgain
 from pipelines.training.out_of_memory import halve_micro_batch, is_out_of_memory, release_memory
 from pipelines.training.world import World
@@ -57,7 +57,7 @@ def _once(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        told = str(error).strip().split("\n")[0]
+        told = first_line(error)
     if attempt.micro_size is None:
         raise EnvironmentFailed(f"{out}: out of memory outside the steps, where no smaller batch helps: {told}")
     raise halve_micro_batch(out, checkpoints, attempt.micro_size, loss_is_mean=loss_is_mean)

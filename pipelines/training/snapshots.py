@@ -19,7 +19,7 @@ from models.ema import WeightAverage
 from models.weights import load_weights
 from pipelines.data.storage import Folder, open_folder
 from pipelines.data.storage_faults import weights_failure
-from pipelines.errors import EnvironmentFailed, PipelineError
+from pipelines.errors import EnvironmentFailed, PipelineError, first_line
 from pipelines.training import checkpoints
 from pipelines.training.engine import Engine
 from pipelines.training.journal import JournalCut
@@ -90,7 +90,7 @@ class Snapshots:
                 self._write(open_folder(f"{self._root.uri}/{name}"), step, writers, metric)
             except (OSError, PipelineError) as error:
                 kind = type(error) if isinstance(error, PipelineError) else EnvironmentFailed
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 # What another rank's storage said in its receipt says so itself.
                 again = "" if AGAIN in reason else f"; free the storage and {AGAIN}"
                 self._failure = kind(

@@ -84,6 +84,8 @@ class Storm:
     strikes: list[Strike] = field(default_factory=list)
     exits: list[int] = field(default_factory=list)
     furthest: int = 0
+    journal_read: tuple[int, int] | None = None
+    """File and size of the journal when it was last read."""
 
     def run(self, kills: int) -> None:
         """Train to the end under so many kills; raises AssertionError for an exit that none of them explains."""
@@ -160,12 +162,23 @@ class Storm:
             # The journal has just been cut back to the checkpoint, the next one is some steps away.
             found, _ = checkpoints.newest_complete(self.out / CHECKPOINTS)
             strike.furthest, strike.resumed_from = self.furthest, 0 if found is None else found.step
-        records = read_journal(self.out / JOURNAL)
-        last = int(records[-1]["step"] or 0) if records else 0
+        last = self._last_step()
         if last > self.furthest:
             self.furthest = last
             if strike is not None and strike.furthest is not None and strike.new_step_s is None:
                 strike.new_step_s = time.monotonic() - self.struck_s
+
+    def _last_step(self) -> int:
+        """Last step in the journal, which is read only where it has changed: a hundred looks a second cost a core."""
+        try:
+            status = (self.out / JOURNAL).stat()
+        except FileNotFoundError:
+            return 0
+        if (status.st_ino, status.st_size) == self.journal_read:
+            return self.furthest
+        self.journal_read = status.st_ino, status.st_size
+        records = read_journal(self.out / JOURNAL)
+        return int(records[-1]["step"] or 0) if records else 0
 
     def _journal_id(self) -> int | None:
         try:
