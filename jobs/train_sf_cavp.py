@@ -30,6 +30,10 @@ class Options(TrainingOptions):
     """Share of the sounds that go through the codec in training, as everything does that the reward will rank."""
     weights: cli.StoragePath | None = None
     """With --codec-share, for specs 16k and 44k: folder that import_mmaudio made, with VAE and vocoder."""
+    degraded: cli.StoragePath | None = None
+    """Dataset of jobs/degrade.py: sounds that a policy made worse, from whose faults the reward learns to rank."""
+    degraded_every: int = 4
+    """With --degraded: one sample in so many is one of those."""
     num_workers: NumWorkers = 2
     """Ray Train workers; a range, as 2:8, goes on with those that are there; 0 trains in this process without Ray."""
     gpus_per_worker: Literal[0, 1] | None = None
@@ -71,6 +75,8 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         val_split=options.val_split,
         codec_share=options.codec_share,
         weights=options.weights,
+        degraded=options.degraded,
+        degraded_every=options.degraded_every,
     )
     return 0
 

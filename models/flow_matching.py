@@ -55,3 +55,16 @@ def euler_sample(velocity_field: VelocityField, x0: Tensor, num_steps: int) -> T
         at = torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
         x = x + (t_next - t) * velocity_field(x, at).to(x.dtype)
     return x
+
+
+def euler_sample_from(velocity_field: VelocityField, x: Tensor, start: Tensor, num_steps: int) -> Tensor:
+    """Integrate points x (B, N, C) of the path, each from its own time `start` [B] in [0, 1], to t = 1.
+
+    Every sample takes `num_steps` equal Euler steps, the nearer to the end the shorter. ValueError if num_steps < 1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    step = (1 - start) / num_steps
+    for index in range(num_steps):
+        x = x + step[:, None, None] * velocity_field(x, start + index * step).to(x.dtype)
+    return x

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.flow_matching import euler_sample
+from models.flow_matching import euler_sample, euler_sample_from, interpolate
 from models.latent_transform import (
     ChannelTransform,
     LatentTransform,
@@ -134,6 +134,38 @@ class Policy:
 
         sampled = euler_sample(velocity, noise.to(device, torch.float32), num_steps)
         return self.transform.unnormalize(sampled)
+
+    @torch.no_grad()
+    def regenerate(
+        self,
+        clip_f: Tensor,
+        sync_f: Tensor,
+        text_f: Tensor,
+        latents: Tensor,
+        noise: Tensor,
+        start: Tensor,
+        num_steps: int,
+        guidance: float,
+    ) -> Tensor:
+        """Noise one clip's stored latents [1, N, C_stored] part of the way and sample back: [B, N, C_stored] float32.
+
+        Version b is put on the path to its `noise` of `noise_shape(B)` at time `start[b]` in [0, 1] (1: as it is, 0:
+        all noise, a sample like `generate`'s) and integrated to the end: the earlier it starts, the more it has of this
+        policy's own faults and the less of the sound (SDEdit: Meng et al. 2022, arXiv 2108.01073). Features are raw, of
+        the one clip; `guidance` as in `generate`.
+        """
+        network, device, count = self.network, self.network.device, noise.shape[0]
+        conditions = network.preprocess_conditions(clip_f.to(device), sync_f.to(device), text_f.to(device))
+        conditions = conditions.expand(count)
+        empty = network.preprocess_conditions(*network.empty_features(1)) if guidance > 1 else conditions
+        start = start.to(device, torch.float32)
+        target = self.transform.normalize(latents.to(device)).float().expand(count, -1, -1)
+        point = interpolate(noise.to(device, torch.float32), target, start)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return network.guided_velocity(x, t, conditions, empty, guidance)
+
+        return self.transform.unnormalize(euler_sample_from(velocity, point, start, num_steps))
 
     def save(self, folder: Path) -> list[str]:
         """Write the policy, adapters merged, into an existing folder; returns the names of the files."""

@@ -1,9 +1,9 @@
 """The reward R: how well a sound belongs to a picture, and how well it keeps its time.
 
-R = w_s (S_sem - m_s) / d_s + w_f (S_tmp - m_f) / d_f: the cosine of the slow clip vectors, and the fast similarity at
-no shift against that at shifts of 0.25 s and more, each in units of its spread over held-out real pairs (saved with the
-weights). Without the units the term of larger variance would silently decide. Every sound is brought to one level
-first, so that R cannot be gained by gain; silent, clipped or non-finite sound has no R at all.
+R = w_s (S_sem - m_s) / d_s + w_f (S_tmp - m_f) / d_f: the similarity of the slow streams, pooled and step by step, and
+that of the fast streams at no shift against shifts of 0.25 s and more, each in units of its spread over held-out real
+pairs (saved with the weights). Without the units the term of larger variance would silently decide. Every sound is
+brought to one level first, so that R cannot be gained by gain; silent, clipped or non-finite sound has no R at all.
 
 Deterministic: float32, eval mode, no crop. Clips longer than 4 s are scored as the mean over 4 s windows with a hop of
 2 s, the length that the model was trained on; the worst window is reported too, since a missed event shows there.
@@ -27,14 +27,16 @@ from models.sf_cavp import (
     SFCAVP,
     VIDEO_RATE_HZ,
     Streams,
-    clip_vector,
     normalise_loudness,
     offset_similarity,
+    semantic_similarity,
     temporal_contrast,
 )
 from models.weights import load_config, load_strict, load_weights, save_config, save_weights
 
 KIND = "sf_cavp"
+PARTS_VERSION = 2
+"""Of how S_sem and S_tmp are computed: a calibration is worth nothing for other parts."""
 WEIGHTS_FILE = "sf_cavp.safetensors"
 CONFIG_FILE = "config.json"
 
@@ -69,7 +71,7 @@ class RewardScore:
     total: float
     """R; 0 is an average real pair, 1 a standard deviation better."""
     semantic: float
-    """Cosine of the slow clip vectors."""
+    """Similarity of the slow streams: of the clip vectors and of the steps, half and half."""
     temporal: float
     """Fast similarity as it is minus that when shifted."""
     offset_s: float
@@ -175,7 +177,7 @@ class Reward:
         num_windows = len(video.starts)
         num_sounds = len(sound.fast) // num_windows
         slow, fast = (stream.repeat(num_sounds, 1, 1) for stream in video.streams)
-        semantic = (clip_vector(slow) * clip_vector(sound.slow)).sum(dim=-1)
+        semantic = semantic_similarity(slow, sound.slow)
         inner = slice(EDGE_STEPS, -EDGE_STEPS)
         # A clip of two seconds or less has fewer shifts than the model knows.
         reach = min(MAX_SHIFT_STEPS[self.size], fast.shape[1] - 2 * EDGE_STEPS - 1)
@@ -214,7 +216,12 @@ class Reward:
     def save(self, folder: Path) -> list[str]:
         """Write the reward into an existing folder; returns the names of the files."""
         save_weights(folder / WEIGHTS_FILE, self.model.state_dict())
-        config = {"kind": KIND, "size": self.size, "calibration": dataclasses.asdict(self.calibration)}
+        config = {
+            "kind": KIND,
+            "size": self.size,
+            "parts": PARTS_VERSION,
+            "calibration": dataclasses.asdict(self.calibration),
+        }
         save_config(folder / CONFIG_FILE, config)
         return [CONFIG_FILE, WEIGHTS_FILE]
 
@@ -226,6 +233,8 @@ class Reward:
         size, values = config.get("size"), config.get("calibration")
         if not isinstance(size, str) or size not in SF_CAVP_SIZES:
             raise ValueError(f"{path} names the size {size!r}; known sizes: {', '.join(SF_CAVP_SIZES)}")
+        if config.get("parts") != PARTS_VERSION:
+            raise ValueError(f"{path}: its reward was calibrated for other parts than this code has; train it again")
         known = {field.name for field in dataclasses.fields(Calibration)}
         if not isinstance(values, dict) or set(values) != known:
             raise ValueError(f"{path} has no whole calibration; it needs {', '.join(sorted(known))}")

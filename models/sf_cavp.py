@@ -214,6 +214,17 @@ def clip_vector(slow: Tensor) -> Tensor:
     return F.normalize(slow.mean(dim=-2) + slow.amax(dim=-2), dim=-1)
 
 
+def semantic_similarity(video_slow: Tensor, audio_slow: Tensor) -> Tensor:
+    """S_sem, [B, T, D] x [B, T, D] -> [B]: half the cosine of the clip vectors, half the mean of the steps' cosines.
+
+    Pooled vectors tell what sounds at all; a sound too many or too few, which pooling hides, shows where the steps are
+    compared each with its own (late interaction).
+    """
+    pooled = (clip_vector(video_slow) * clip_vector(audio_slow)).sum(dim=-1)
+    by_step = (F.normalize(video_slow, dim=-1) * F.normalize(audio_slow, dim=-1)).sum(dim=-1).mean(dim=-1)
+    return (pooled + by_step) / 2
+
+
 def offset_similarity(video_fast: Tensor, audio_fast: Tensor, offsets: Tensor) -> Tensor:
     """S(d) = mean over valid t of <v_t, a_(t+d)> with unit vectors: [B, T, D] x [B, U, D] -> [B, len(offsets)].
 

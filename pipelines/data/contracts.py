@@ -255,6 +255,36 @@ PAIRS = Contract(
     ),
 )
 
+DEGRADED = Contract(
+    name="degraded",
+    version=1,
+    key=("clip_id",),
+    doc="One row is one clip and what a policy makes of its sound when it starts from less and less of it: what "
+    "SF-CAVP learns to rank.",
+    columns=(
+        _CLIP_ID,
+        Column(name="frames", type=_plain(pa.list_(pa.binary())), doc="JPEG frames at 16 fps, as in features"),
+        Column(
+            name="audio",
+            type=_plain(pa.binary()),
+            doc="FLAC of the real sound through the codec, as every version of it has gone",
+        ),
+        Column(
+            name="worse",
+            type=_plain(pa.list_(pa.binary())),
+            doc="FLAC of the versions, each worse than the one before it",
+        ),
+        Column(
+            name="starts",
+            type=_plain(pa.list_(pa.float32())),
+            doc="where on the path from noise (0) to the real latents (1) the policy started each version",
+        ),
+        Column(name="seeds", type=_plain(pa.list_(pa.int64())), doc="seed of each version's noise"),
+        Column(name="latent_mean", type=_latent, doc="the real sound's latents [N, C], as in features"),
+        Column(name="policy", type=_plain(pa.string()), doc="fingerprint of the policy"),
+    ),
+)
+
 SCORES = Contract(
     name="scores",
     version=1,
@@ -380,4 +410,4 @@ MEASURES = Contract(
     ),
 )
 
-CONTRACTS: dict[str, Contract] = {c.name: c for c in (FEATURES, REJECTS, PAIRS, SCORES, SURVEY, MEASURES)}
+CONTRACTS: dict[str, Contract] = {c.name: c for c in (FEATURES, REJECTS, PAIRS, DEGRADED, SCORES, SURVEY, MEASURES)}

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from models.codec import build_codec
-from models.policy import CONFIG_FILE, KIND, POLICY_FILES, Policy
+from models.policy import POLICY_FILES, Policy
 from models.reward import Reward
-from models.spec import SPECS, ClipSpec
-from models.weights import load_config
+from models.spec import ClipSpec
+from pipelines.clip_stage import fingerprint_of_policy, refuse_many_rejects
 from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, SCORES
 from pipelines.data.pictures import require_pictures
-from pipelines.data.store import CHECKPOINT, Dataset, open_local_files, read_manifest
+from pipelines.data.store import CHECKPOINT, Dataset, open_local_files
 from pipelines.data.units import ListedUnits, Pool, run_units
-from pipelines.errors import InputError, Refused
+from pipelines.errors import InputError
 from pipelines.evaluation.measuring import ClipMeasurer, EvaluationWorker
 from pipelines.evaluation.scores import ClipScores
 from pipelines.evaluation.subjects import EvaluationSettings, plan_units
@@ -131,12 +131,7 @@ def evaluate(
         track=track,
         say=say,
     )
-    counts = read_manifest(out, kind="dataset")["counts"]
-    if counts["rejected"] > max_reject_rate * counts["in"]:
-        raise Refused(
-            f"{out}: {counts['rejected']} of {counts['in']} clips were rejected, more than --max-reject-rate "
-            f"{max_reject_rate:g}; look at its rejects, then repair the features or raise the rate"
-        )
+    refuse_many_rejects(out, max_reject_rate)
     return outcome
 
 
@@ -145,25 +140,10 @@ def _check_inputs(inputs: EvaluationInputs, settings: EvaluationSettings, featur
     reward = open_local_files(inputs.reward, CHECKPOINT)[1]
     fingerprints = {"features": features.fingerprint, "reward": reward["fingerprint"]}
     if settings.needs_policy:
-        fingerprints["policy"] = _check_policy(inputs.policy, features)
+        if inputs.policy is None:
+            raise InputError("--policy is missing: this subject samples from one")
+        fingerprints["policy"] = fingerprint_of_policy(inputs.policy, features)
     return fingerprints
-
-
-def _check_policy(location: str | None, features: Dataset) -> str:
-    """The policy's fingerprint; raises InputError where it is not for the features' clips."""
-    if location is None:
-        raise InputError("--policy is missing: this subject samples from one")
-    folder, manifest = open_local_files(location, CHECKPOINT, only=POLICY_FILES)
-    try:
-        spec_name = load_config(folder / CONFIG_FILE, KIND).get("spec")
-    except ValueError as error:
-        raise InputError(f"{location} is not a policy: {error}") from error
-    if features.spec != SPECS.get(str(spec_name)):
-        raise InputError(
-            f"{location} is a policy for clips of spec '{spec_name}', {features.folder.uri} has clips of "
-            f"'{features.spec.name}' of {features.spec.duration_s:g} s; give features made for that policy"
-        )
-    return manifest["fingerprint"]
 
 
 def read_scores(location: str) -> tuple[ClipScores, dict[str, Any]]:

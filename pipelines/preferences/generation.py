@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from models import policy as policies
 from models import reward as rewards
 from models.codec import build_codec
 from models.policy import POLICY_FILES, Policy
 from models.reward import Reward
-from models.spec import SPECS, ClipSpec
+from models.spec import ClipSpec
 from models.weights import load_config
+from pipelines.clip_stage import fingerprint_of_policy
 from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, PAIRS
 from pipelines.data.pictures import require_pictures
@@ -146,23 +146,13 @@ def check_inputs(inputs: PairInputs, features: Dataset) -> dict[str, str]:
             f"with --split (with --split train the reward ranks clips it was trained on, which the manifest records)"
         )
     require_pictures(features, (inputs.split,), "the reward")
-    policy_folder, policy = open_local_files(inputs.policy, CHECKPOINT, only=POLICY_FILES)
     reward_folder, reward = open_local_files(inputs.reward, CHECKPOINT)
-    try:
-        spec_name = load_config(policy_folder / policies.CONFIG_FILE, policies.KIND).get("spec")
-    except ValueError as error:
-        raise InputError(f"{inputs.policy} is not a policy: {error}") from error
     try:
         load_config(reward_folder / rewards.CONFIG_FILE, rewards.KIND)
     except ValueError as error:
         raise InputError(f"{inputs.reward} is not a reward: {error}") from error
-    if SPECS.get(str(spec_name)) != features.spec:
-        raise InputError(
-            f"{inputs.policy} is a policy for clips of spec '{spec_name}', {inputs.features} has clips of "
-            f"'{features.spec.name}' of {features.spec.duration_s:g} s; give features made for that policy"
-        )
     return {
-        "policy": policy["fingerprint"],
+        "policy": fingerprint_of_policy(inputs.policy, features),
         "reward": reward["fingerprint"],
         "features": features.fingerprint,
     }
@@ -172,7 +162,7 @@ def seen_in_training(inputs: PairInputs, features: Dataset) -> bool:
     """Whether the reward was trained on this very split of these features."""
     reward = read_manifest(inputs.reward, kind=CHECKPOINT)
     same_features = reward["inputs"].get("features") == features.fingerprint
-    return same_features and reward["config"].get("train_split", "train") == inputs.split
+    return same_features and reward["config"].get("split", "train") == inputs.split
 
 
 def reward_summary(table: pa.Table) -> dict[str, float]:

@@ -44,17 +44,22 @@ class _Group:
         return self.part.row_groups[self.index] if self.kept is None else len(self.kept)
 
     def read(self, columns: tuple[str, ...]) -> pa.Table:
-        table = self.dataset.read_row_group(self.part, self.index, columns)
+        known = {column.name for column in self.dataset.contract.columns}
+        table = self.dataset.read_row_group(self.part, self.index, [name for name in columns if name in known])
         return table if self.kept is None else table.take(pa.array(self.kept))
 
 
 class RowGroups:
-    """Random access to the row groups of one split of one or several datasets, projected to a few columns."""
+    """Random access to the row groups of one split of one or several datasets, projected to a few columns.
+
+    A column that a dataset's contract does not have is null in its rows, and absent where no dataset has it.
+    """
 
     def __init__(self, data: Data, columns: tuple[str, ...]) -> None:
         self._columns = columns
         members, self._weights = ((data,), (1,)) if isinstance(data, DataRef) else (data.members, data.weights)
         self._by_dataset = [_groups_of(member) for member in members]
+        _check_columns(columns)
         self._groups = [group for groups in self._by_dataset for group in groups]
         self._largest_bytes = 0
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
@@ -88,7 +93,7 @@ class RowGroups:
             pieces.append(self._read(int(group)).take(pa.array(places[mine, 1])))
             where[mine] = np.arange(start, start + len(mine))
             start += len(mine)
-        return pa.concat_tables(pieces).take(pa.array(where))
+        return pa.concat_tables(pieces, promote_options="default").take(pa.array(where))
 
     def _read(self, group: int) -> pa.Table:
         if group in self._cache:
@@ -111,6 +116,13 @@ class RowGroups:
         if num_datasets == 1:
             return CACHE_BYTES
         return max(CACHE_BYTES, num_datasets * (WINDOW + 1) * self._largest_bytes)
+
+
+def _check_columns(columns: tuple[str, ...]) -> None:
+    """Raise InputError for a column that no contract has: one of another dataset's is null, a misspelt one is wrong."""
+    unknown = set(columns) - {column.name for contract in CONTRACTS.values() for column in contract.columns}
+    if unknown:
+        raise InputError(f"no column {', '.join(sorted(unknown))} in any contract")
 
 
 def _groups_of(data: DataRef) -> list[_Group]:

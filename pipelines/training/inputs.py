@@ -1,6 +1,8 @@
 """Whether a dataset can be trained on at all: clips of the right shape, and some of them in the split."""
 
+from models.sf_cavp_views import LOSS_CONFIGS
 from models.spec import SPECS
+from pipelines.data.contracts import DEGRADED
 from pipelines.data.store import Dataset
 from pipelines.errors import InputError
 
@@ -18,3 +20,24 @@ def check_split(dataset: Dataset, split: str, location: str) -> None:
     """Raise InputError where a split has no clips."""
     if dataset.num_rows(split) == 0:
         raise InputError(f"{location} has no clips of split '{split}'; it has {dataset.splits}")
+
+
+def check_degraded(location: str, every: int, features: Dataset, size: str) -> str:
+    """Fingerprint of a dataset of degraded sounds for an SF-CAVP of a named size.
+
+    Raises:
+        InputError: it is not there, empty or of other clips, or has not as many versions a clip as the size needs.
+    """
+    dataset = Dataset.open(location, DEGRADED)
+    check_spec(dataset, features.spec.name, location)
+    needed, found = LOSS_CONFIGS[size].num_edits, dataset.manifest.get("num_versions")
+    if dataset.num_rows() == 0:
+        raise InputError(f"{location} has no clips; look at its rejects")
+    if found != needed:
+        raise InputError(
+            f"{location} has {found} versions a clip, SF-CAVP of size {size} takes {needed}: "
+            f"make it with jobs/degrade.py --num-versions {needed}"
+        )
+    if every < 2:
+        raise InputError(f"--degraded-every must be at least 2, got {every}")
+    return dataset.fingerprint

@@ -59,7 +59,7 @@ class DataRef:
 
 @dataclass(frozen=True, kw_only=True)
 class DataMix:
-    """Rows of several datasets of one contract, in the given shares."""
+    """Rows of several datasets, in the given shares."""
 
     members: tuple[DataRef, ...]
     weights: tuple[int, ...]
@@ -136,7 +136,7 @@ class Objective(Protocol):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns it reads; nothing else leaves the disk."""
+        """Columns it reads; nothing else leaves the disk. One that a dataset does not have is null in its rows."""
         ...
 
     @property

@@ -21,10 +21,11 @@ from models.codec import Codec, build_codec
 from models.pretrained import codec_roles
 from models.reward import Reward
 from models.sf_cavp import SAMPLE_RATE_HZ, SF_CAVP_SIZES, SFCAVP, parameter_groups
-from models.sf_cavp_losses import LOSS_CONFIGS, LossConfig, draw_uniforms, sf_cavp_loss
+from models.sf_cavp_losses import sf_cavp_loss
+from models.sf_cavp_views import LOSS_CONFIGS, Degraded, LossConfig, draw_uniforms
 from models.spec import SPECS
 from models.weights import load_strict, load_weights, save_weights
-from pipelines.data.contracts import FEATURES
+from pipelines.data.contracts import DEGRADED, FEATURES
 from pipelines.data.media_write import decode_flac
 from pipelines.data.store import CHECKPOINT, Dataset, local_folder
 from pipelines.data.tables import column_to_numpy
@@ -33,7 +34,7 @@ from pipelines.evaluation.gates import measure
 from pipelines.evaluation.real_pairs import real_pairs
 from pipelines.frozen import networks_folder
 from pipelines.training.batches import RowGroups
-from pipelines.training.objective import Batch, DataRef, Draws, Exported, Gather, Trainee
+from pipelines.training.objective import Batch, Data, DataMix, DataRef, Draws, Exported, Gather, Trainee
 from pipelines.training.order import GlobalOrder
 
 START_FILE = "start.safetensors"
@@ -79,7 +80,10 @@ class SFCAVPTrainee(Trainee):
         """Semantic, temporal and edit losses over the whole global micro batch."""
         # Pooled before it is divided, on a quarter of the pixels at the tiny size.
         frames = self.model.pool_frames(batch["frames"].float()) / 255
-        return sf_cavp_loss(self.model, frames, batch["waves"], batch["uniforms"], gather, self._config)
+        degraded = None
+        if "degraded" in batch:
+            degraded = Degraded(waves=batch["degraded"], is_there=batch["is_degraded"])
+        return sf_cavp_loss(self.model, frames, batch["waves"], batch["uniforms"], gather, self._config, degraded)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """No decay on norms, biases and the learned scales."""
@@ -102,6 +106,10 @@ class SFCAVPObjective:
     only met recorded sound hears the codec first and the event second."""
     weights: str | None = None
     """Folder of the codec's networks, where it has some."""
+    degraded: str | None = None
+    """Dataset of sounds that a policy made worse; None: all that is wrong comes from edits."""
+    degraded_every: int = 4
+    """One sample in so many is one of those."""
     train_split: str = "train"
     val_split: str = "val"
 
@@ -113,13 +121,18 @@ class SFCAVPObjective:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Frames and sound, and latents where some of the sound is to come out of the codec."""
-        return ("frames", "audio", "latent_mean") if self.codec_share > 0 else ("frames", "audio")
+        """Frames and sound, latents where some of the sound is to come out of the codec, and what was made worse."""
+        columns = ("frames", "audio", "latent_mean") if self.codec_share > 0 else ("frames", "audio")
+        return (*columns, "worse") if self.degraded is not None else columns
 
     @property
-    def training_data(self) -> DataRef:
+    def training_data(self) -> Data:
         """Rows to train on."""
-        return DataRef(location=self.features, contract=FEATURES.name, split=self.train_split)
+        real = DataRef(location=self.features, contract=FEATURES.name, split=self.train_split)
+        if self.degraded is None:
+            return real
+        degraded = DataRef(location=self.degraded, contract=DEGRADED.name, split=None)
+        return DataMix(members=(real, degraded), weights=(self.degraded_every - 1, 1))
 
     @property
     def validation_data(self) -> DataRef:
@@ -134,24 +147,41 @@ class SFCAVPObjective:
         return SFCAVPTrainee(model.to(device), LOSS_CONFIGS[self.size])
 
     def collate(self, rows: pa.Table, draws: Draws) -> Batch:
-        """Decoded frames uint8 [B, T, 3, H, W], sound [B, S] at 16 kHz, and the uniform numbers of each sample."""
+        """Decoded frames uint8 [B, T, 3, H, W], sound [B, S] at 16 kHz, and the uniform numbers of each sample.
+
+        With degraded sounds also which samples have some [B], and those [B', K, S].
+        """
         frames = torch.stack([decode_pictures(jpegs) for jpegs in rows["frames"].to_pylist()])
-        waves = torch.stack(self._waves(rows, draws))
+        worse = rows["worse"].to_pylist() if "worse" in rows.column_names else [None] * rows.num_rows
+        is_degraded = [versions is not None for versions in worse]
+        waves = torch.stack(self._waves(rows, draws, is_degraded))
         config = LOSS_CONFIGS[self.size]
         # Validation is on hard samples throughout.
         positions = draws.positions if draws.stream == "training" else [config.hard_from] * len(draws.positions)
         uniforms = draw_uniforms(draws.generators(), positions, config)
-        return {"frames": frames, "waves": waves, "uniforms": uniforms}
+        batch = {"frames": frames, "waves": waves, "uniforms": uniforms}
+        if self.degraded is None:
+            return batch
+        degraded = torch.zeros(0, config.num_edits, waves.shape[1])
+        if any(is_degraded):
+            degraded = torch.stack([self._versions(versions) for versions in worse if versions is not None])
+        return batch | {"degraded": degraded, "is_degraded": torch.tensor(is_degraded)}
 
-    def _waves(self, rows: pa.Table, draws: Draws) -> list[Tensor]:
-        """The rows' sounds [S] at 16 kHz, recorded or, for a share drawn by sample, decoded from their latents."""
+    def _versions(self, flacs: list[bytes]) -> Tensor:
+        return torch.stack([decode_wave(flac, self.sample_rate_hz) for flac in flacs])
+
+    def _waves(self, rows: pa.Table, draws: Draws, is_degraded: list[bool]) -> list[Tensor]:
+        """The rows' sounds [S] at 16 kHz, recorded or, for a share drawn by sample, decoded from their latents.
+
+        The sound of a degraded row has been through the codec already.
+        """
         waves = [decode_wave(flac, self.sample_rate_hz) for flac in rows["audio"].to_pylist()]
         if self.codec_share > 0:
             # A stream of draws that this objective has no other use for, so that crops and edits stay as they were.
             lots = Draws(draws.seed, "posterior", draws.positions).generators()
             latents = torch.tensor(column_to_numpy(rows["latent_mean"]))
             for index, lot in enumerate(lots):
-                if float(torch.rand((), generator=lot)) < self.codec_share:
+                if float(torch.rand((), generator=lot)) < self.codec_share and not is_degraded[index]:
                     decoded = _codec(self.spec_name, self.weights).decode(latents[index : index + 1])[0]
                     resampled = torchaudio.functional.resample(decoded, self.sample_rate_hz, SAMPLE_RATE_HZ)
                     waves[index] = resampled[: len(waves[index])]

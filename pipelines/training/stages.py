@@ -27,7 +27,7 @@ from pipelines.progress import Progress
 from pipelines.stage import Outcome, StageContext, run_stage, stage_run
 from pipelines.tracking import Tracker
 from pipelines.training.flow_matching_objective import FlowMatchingObjective, fit_starting_policy
-from pipelines.training.inputs import check_spec, check_split
+from pipelines.training.inputs import check_degraded, check_spec, check_split
 from pipelines.training.journal import parse_journal
 from pipelines.training.launch import fit
 from pipelines.training.loop import CHECKPOINTS, TrainingOrder, TrainingResult
@@ -74,14 +74,18 @@ def train_sf_cavp(
     val_split: str = "val",
     codec_share: float = 0.0,
     weights: str | None = None,
+    degraded: str | None = None,
+    degraded_every: int = 4,
 ) -> Outcome:
     """Train an SF-CAVP of a named size; leave a calibrated reward and its gates.
 
     `codec_share` of the sounds go through the codec on their way, as everything does that the reward will rank; for
-    clips whose codec has networks they lie at `weights`.
+    clips whose codec has networks they lie at `weights`. One sample in `degraded_every` is a row of the dataset
+    `degraded`, whose versions take the place of edits.
 
     Raises:
-        InputError: the features are missing, a split is empty, or the codec's networks are not there.
+        InputError: the features are missing, a split is empty, the codec's networks are not there, or `degraded` does
+            not fit the features.
     """
     if size not in SF_CAVP_SIZES:
         raise InputError(f"--size {size}: known sizes are {', '.join(SF_CAVP_SIZES)}")
@@ -93,6 +97,17 @@ def train_sf_cavp(
     codec = FrozenNetworks()
     if codec_share > 0:
         codec = open_codec(weights, dataset.spec, dataset, policy=None)
+    inputs = {"features": dataset.fingerprint, **codec.as_input}
+    config = {
+        "size": size,
+        "split": train_split,
+        "val_split": val_split,
+        "codec_share": codec_share,
+        **options.affecting_bytes(),
+    }
+    if degraded is not None:
+        inputs["degraded"] = check_degraded(degraded, degraded_every, dataset, size)
+        config["degraded_every"] = degraded_every
 
     def body(context: StageContext) -> None:
         objective = SFCAVPObjective(
@@ -106,19 +121,13 @@ def train_sf_cavp(
             spec_name=dataset.spec.name,
             codec_share=codec_share,
             weights=codec.location,
+            degraded=degraded,
+            degraded_every=degraded_every,
             train_split=train_split,
             val_split=val_split,
         )
         _train(context, objective, options, launching, {"size": size})
 
-    config = {
-        "size": size,
-        "split": train_split,
-        "val_split": val_split,
-        "codec_share": codec_share,
-        **options.affecting_bytes(),
-    }
-    inputs = {"features": dataset.fingerprint, **codec.as_input}
     return _stage("train_sf_cavp", config, inputs, out, body, launching)
 
 

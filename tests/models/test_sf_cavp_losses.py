@@ -12,10 +12,6 @@ from torch import Tensor
 
 from models.sf_cavp import SF_CAVP_SIZES, SFCAVP, parameter_groups
 from models.sf_cavp_losses import (
-    LOSS_CONFIGS,
-    LossConfig,
-    draw_uniforms,
-    make_views,
     offset_loss,
     onset_weights,
     ranking_loss,
@@ -23,6 +19,7 @@ from models.sf_cavp_losses import (
     semantic_loss,
     sf_cavp_loss,
 )
+from models.sf_cavp_views import LOSS_CONFIGS, LossConfig, draw_uniforms, make_views
 
 TINY = LOSS_CONFIGS["tiny"]
 NO_EDITS = torch.zeros(4, 0)
