@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipelines.training.workers import WorkerGroup
 
 SECONDS = "seconds.json"
-IN_THE_GROUP = ("train_sf_cavp", "train_mmdit", "rpo_rounds", "evaluate")
+IN_THE_GROUP = ("train_mmdit", "degrade", "train_sf_cavp", "rpo_rounds", "evaluate")
 """Jobs that work in the launch's warm workers; the others read and write media, on Ray Data or in this process."""
 
 

@@ -25,6 +25,10 @@ class Options:
     """Split whose clips are used: the one that SF-CAVP is trained on."""
     num_versions: int = 3
     """Versions a clip, each worse than the one before; as many as SF-CAVP's training has edits, which is 3."""
+    starts: tuple[float, float] = (0.0, 0.6)
+    """Earliest and latest time at which a version starts, on the path from noise (0) to the real sound (1)."""
+    blind: bool = False
+    """Keep picture and caption from the policy: versions go wrong however good it is (--starts 0.15 0.45 is a start)."""
     num_steps: int = 25
     """Euler steps of the sampler, for whatever is left of the path."""
     guidance: float = 4.5
@@ -54,6 +58,8 @@ def main(options: Options, group: "WorkerGroup | None" = None) -> int:
         DegradeInputs(policy=options.policy, features=options.features, split=options.split, weights=options.weights),
         DegradeSettings(
             num_versions=options.num_versions,
+            starts=options.starts,
+            blind=options.blind,
             sampling=Sampling(num_steps=options.num_steps, guidance=options.guidance),
             seed=options.seed,
             max_clips=options.max_clips,

@@ -146,24 +146,27 @@ class Policy:
         start: Tensor,
         num_steps: int,
         guidance: float,
+        blind: bool = False,
     ) -> Tensor:
         """Noise one clip's stored latents [1, N, C_stored] part of the way and sample back: [B, N, C_stored] float32.
 
         Version b is put on the path to its `noise` of `noise_shape(B)` at time `start[b]` in [0, 1] (1: as it is, 0:
         all noise, a sample like `generate`'s) and integrated to the end: the earlier it starts, the more it has of this
         policy's own faults and the less of the sound (SDEdit: Meng et al. 2022, arXiv 2108.01073). Features are raw, of
-        the one clip; `guidance` as in `generate`.
+        the one clip; `guidance` as in `generate`. `blind` keeps the conditions from the policy, which then finishes what
+        is left of the sound with whatever it finds likely: wrong in what and when, however good the policy is.
         """
         network, device, count = self.network, self.network.device, noise.shape[0]
-        conditions = network.preprocess_conditions(clip_f.to(device), sync_f.to(device), text_f.to(device))
-        conditions = conditions.expand(count)
-        empty = network.preprocess_conditions(*network.empty_features(1)) if guidance > 1 else conditions
+        features = network.empty_features(1) if blind else (clip_f.to(device), sync_f.to(device), text_f.to(device))
+        conditions = network.preprocess_conditions(*features).expand(count)
+        guided = guidance > 1 and not blind
+        empty = network.preprocess_conditions(*network.empty_features(1)) if guided else conditions
         start = start.to(device, torch.float32)
         target = self.transform.normalize(latents.to(device)).float().expand(count, -1, -1)
         point = interpolate(noise.to(device, torch.float32), target, start)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return network.guided_velocity(x, t, conditions, empty, guidance)
+            return network.guided_velocity(x, t, conditions, empty, guidance if guided else 1.0)
 
         return self.transform.unnormalize(euler_sample_from(velocity, point, start, num_steps))
 

@@ -35,8 +35,6 @@ from pipelines.tracking import Tracker
 
 STAGE = "degrade"
 COLUMNS = ("clip_id", "source", "frames", "clip_features", "sync_features", "text_features", "latent_mean")
-LATEST_START = 0.6
-"""On the demo world a sound noised to there and sampled back is hardly told from the real one by its events."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +42,10 @@ class DegradeSettings:
     """How sounds are made worse; every field affects the rows."""
 
     num_versions: int
+    starts: tuple[float, float]
+    """Earliest and latest time on the path from noise (0) to the real latents (1) at which a version starts."""
+    blind: bool
+    """Whether the policy is kept from seeing the clip's conditions."""
     sampling: Sampling
     seed: int
     max_clips: int | None
@@ -51,16 +53,19 @@ class DegradeSettings:
     def __post_init__(self) -> None:
         if min(self.num_versions, self.sampling.num_steps, self.max_clips or 1) < 1:
             raise InputError("--num-versions, --num-steps and --max-clips must be at least 1")
+        if not 0 <= self.starts[0] < self.starts[1] <= 1:
+            raise InputError(f"--starts: two times with 0 <= earliest < latest <= 1, got {self.starts}")
 
     def affecting_bytes(self) -> dict[str, Any]:
         """The fields as JSON values, for the fingerprint."""
-        return {**vars(self), "sampling": vars(self.sampling)}
+        return {**vars(self), "starts": list(self.starts), "sampling": vars(self.sampling)}
 
-    def starts(self, clip_id: str) -> list[float]:
-        """Where each version starts: one drawn from each equal part of [0, `LATEST_START`], the latest first."""
+    def starts_of(self, clip_id: str) -> list[float]:
+        """Where each version starts: one drawn from each equal part of the range, the latest first."""
         rng = random.Random(stable_seed(self.seed, clip_id, STAGE, "starts"))
-        parts = reversed(range(self.num_versions))
-        return [LATEST_START * (part + rng.random()) / self.num_versions for part in parts]
+        earliest, latest = self.starts
+        width = (latest - earliest) / self.num_versions
+        return [earliest + width * (part + rng.random()) for part in reversed(range(self.num_versions))]
 
     def noise_seeds(self, clip_id: str) -> list[int]:
         """Seeds in [0, 2^63) of the versions' noise."""
@@ -108,7 +113,7 @@ class DegradeWorker:
 
     def _row(self, clip: dict[str, Any]) -> dict[str, Any]:
         clip_id, rate_hz = clip["clip_id"], self._spec.sample_rate_hz
-        starts, seeds = self._settings.starts(clip_id), self._settings.noise_seeds(clip_id)
+        starts, seeds = self._settings.starts_of(clip_id), self._settings.noise_seeds(clip_id)
         truth = torch.from_numpy(clip["latent_mean"])[None]
         versions = self._versions(clip, truth, starts, seeds)
         if not bool(torch.isfinite(versions).all()):
@@ -135,6 +140,7 @@ class DegradeWorker:
             torch.tensor(starts),
             sampling.num_steps,
             sampling.guidance,
+            self._settings.blind,
         ).cpu()
 
     def _decoded(self, latents: Tensor) -> np.ndarray:
