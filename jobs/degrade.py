@@ -28,7 +28,7 @@ class Options:
     starts: tuple[float, float] = (0.0, 0.6)
     """Earliest and latest time at which a version starts, on the path from noise (0) to the real sound (1)."""
     blind: bool = False
-    """Keep picture and caption from the policy: versions go wrong however good it is (--starts 0.15 0.45 is a start)."""
+    """Keep picture and caption from the policy: versions go wrong however good it is; with --starts 0.15 0.45, say."""
     num_steps: int = 25
     """Euler steps of the sampler, for whatever is left of the path."""
     guidance: float = 4.5

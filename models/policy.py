@@ -153,8 +153,8 @@ class Policy:
         Version b is put on the path to its `noise` of `noise_shape(B)` at time `start[b]` in [0, 1] (1: as it is, 0:
         all noise, a sample like `generate`'s) and integrated to the end: the earlier it starts, the more it has of this
         policy's own faults and the less of the sound (SDEdit: Meng et al. 2022, arXiv 2108.01073). Features are raw, of
-        the one clip; `guidance` as in `generate`. `blind` keeps the conditions from the policy, which then finishes what
-        is left of the sound with whatever it finds likely: wrong in what and when, however good the policy is.
+        the one clip; `guidance` as in `generate`. `blind` keeps the conditions from the policy, which then finishes
+        what is left of the sound with whatever it finds likely: wrong in what and when, however good it is.
         """
         network, device, count = self.network, self.network.device, noise.shape[0]
         features = network.empty_features(1) if blind else (clip_f.to(device), sync_f.to(device), text_f.to(device))
