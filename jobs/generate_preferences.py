@@ -22,9 +22,12 @@ class Options:
     """Folder that import_mmaudio made, with the codec's networks; None: the policy's own, where it has them."""
     split: str = "rpo"
     """Split whose clips are used; with `train` the reward ranks clips that it was trained on."""
-    mode: Literal["gt_vs_worst", "best_vs_worst", "gt_vs_random", "gt_vs_distorted", "mixed"] = "gt_vs_worst"
+    mode: Literal["gt_vs_worst", "best_vs_worst", "gt_vs_random", "random_vs_random", "gt_vs_distorted", "mixed"] = (
+        "gt_vs_worst"
+    )
     """Winner against loser: ground truth against the lowest candidate (the paper's), highest against lowest candidate,
-    ground truth against a random candidate, ground truth against itself made wrong in time, or a mixture."""
+    ground truth or a random candidate against a random candidate, ground truth against itself made wrong in time, or a
+    mixture."""
     mixture: tuple[str, ...] = ("gt_vs_worst=0.5", "best_vs_worst=0.25", "gt_vs_distorted=0.25")
     """Probabilities of the modes for --mode mixed, drawn for each pair."""
     margin: float = 0.5

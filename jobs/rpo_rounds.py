@@ -35,7 +35,9 @@ class Options(PolicyTrainingOptions):
     """Print the plan and its cost and touch nothing."""
     split: str = "rpo"
     """Split whose clips give pairs; with `train` the reward ranks clips that it was trained on."""
-    mode: Literal["gt_vs_worst", "best_vs_worst", "gt_vs_random", "gt_vs_distorted", "mixed"] = "gt_vs_worst"
+    mode: Literal["gt_vs_worst", "best_vs_worst", "gt_vs_random", "random_vs_random", "gt_vs_distorted", "mixed"] = (
+        "gt_vs_worst"
+    )
     """Winner against loser, as in generate_preferences."""
     mixture: tuple[str, ...] = ("gt_vs_worst=0.5", "best_vs_worst=0.25", "gt_vs_distorted=0.25")
     """Probabilities of the modes for --mode mixed, drawn for each pair."""

@@ -68,7 +68,7 @@ def steps(study: "Study", out: str, num_workers: int) -> list[Step]:
 
 
 def _replicate(study: "Study", out: str, seed: int, workers: tuple[str, ...]) -> list[Step]:
-    from pipelines.evaluation.study import BASELINE
+    from pipelines.evaluation.study import BASELINE, DEGRADED_FLAG
     from pipelines.evaluation.study_folders import Replicate, policies
 
     folders = Replicate(out, seed)
@@ -80,9 +80,13 @@ def _replicate(study: "Study", out: str, seed: int, workers: tuple[str, ...]) ->
         return _step("evaluate", out, place, *flags, f"--num-candidates={num_candidates}")
 
     found = [_step("train_mmdit", out, folders.m0, *data, *cli.flatten(dict(study.m0)), *own)]
-    for name, flags in study.rewards.items():
+    if study.degrades:
+        flags = ("--policy", folders.m0, *data, *cli.flatten(dict(study.degrade)))
+        found.append(_step("degrade", out, folders.degraded, *flags, *own))
+    for name, options in study.rewards.items():
         reward = folders.reward(name)
-        found.append(_step("train_sf_cavp", out, reward, *data, *cli.flatten(dict(flags)), *own))
+        more = ("--degraded", folders.degraded) if DEGRADED_FLAG in options else ()
+        found.append(_step("train_sf_cavp", out, reward, *data, *more, *cli.flatten(dict(options)), *own))
         found.append(scores(folders.ranked(name), "val", reward, folders.m0, NUM_CANDIDATES))
     found.append(scores(folders.tested(BASELINE), "test", judge, folders.m0, NUM_CANDIDATES))
     for arm in (arm for arm in study.arms if seed in arm.seeds):

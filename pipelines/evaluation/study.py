@@ -18,6 +18,7 @@ ArmJob = Literal["rpo_rounds", "train_mmdit"]
 """Preference rounds from M_0, or plain flow matching on from it."""
 BASELINE = "m0"
 CONTROL_SUFFIX = "_control"
+DEGRADED_FLAG = "degraded_every"
 Flags = Mapping[str, Any]
 """Flags of a job as in a preset, beyond those of the study's preset."""
 
@@ -49,7 +50,10 @@ class Study:
     seeds: tuple[int, ...]
     m0: Flags
     rewards: Mapping[str, Flags]
-    """Kinds of SF-CAVP by name; each is trained in every replicate and measured as a ranker."""
+    """Kinds of SF-CAVP by name; each is trained in every replicate and measured as a ranker. One whose flags say
+    `degraded_every` learns from what M_0 makes of real sounds, too."""
+    degrade: Flags
+    """Flags of those sounds."""
     reward: str
     """The one that ranks and that the tables report."""
     arms: tuple[Arm, ...]
@@ -60,6 +64,11 @@ class Study:
     def subjects(self) -> tuple[str, ...]:
         """M_0 and what came out of every arm, in the order of the file."""
         return (BASELINE, *(subject for arm in self.arms for subject in arm.subjects))
+
+    @property
+    def degrades(self) -> bool:
+        """Whether a reward learns from degraded sounds."""
+        return any(DEGRADED_FLAG in flags for flags in self.rewards.values())
 
     def num_rounds(self, arm: Arm) -> int:
         """Rounds that an arm of preference rounds runs."""
@@ -104,6 +113,7 @@ def _study(content: Mapping[str, Any]) -> Study:
         seeds=seeds,
         m0=dict(content["m0"]),
         rewards={str(name): dict(flags or {}) for name, flags in content["rewards"].items()},
+        degrade=dict(content.get("degrade") or {}),
         reward=str(content["reward"]),
         arms=arms,
         compared_with=tuple(str(name) for name in content["compared_with"]),

@@ -2,6 +2,7 @@
 
 out/world, out/features                     shared by all replicates
 out/seed_<s>/m0
+out/seed_<s>/degraded                       real sounds made worse by it, where a reward learns from them
 out/seed_<s>/rewards/<reward>               one SF-CAVP of each kind
 out/seed_<s>/val/m0_by_<reward>             M_0's candidates on val, scored by it: may it rank?
 out/seed_<s>/arms/<arm>                     preference rounds, or a longer training
@@ -44,6 +45,11 @@ class Replicate:
     def m0(self) -> str:
         """Its M_0."""
         return f"{self.base}/m0"
+
+    @property
+    def degraded(self) -> str:
+        """Real sounds made worse by its M_0."""
+        return f"{self.base}/degraded"
 
     def reward(self, name: str) -> str:
         """Its SF-CAVP of a kind."""

@@ -27,6 +27,7 @@ from pipelines.preferences.candidates import ConditionRow, Sampling, candidate_s
 from pipelines.preferences.distortions import distort
 from pipelines.preferences.pairs import (
     GROUND_TRUTH,
+    TWO_CANDIDATES,
     Choice,
     PairMode,
     choose,
@@ -56,8 +57,8 @@ class PairSettings:
     max_clips: int | None
 
     def __post_init__(self) -> None:
-        if self.num_candidates < (2 if self.mode == "best_vs_worst" else 1):
-            raise InputError("--num-candidates must be at least 1, and at least 2 for best_vs_worst")
+        if self.num_candidates < (2 if self.mode in TWO_CANDIDATES else 1):
+            raise InputError(f"--num-candidates must be at least 1, and at least 2 for {' and '.join(TWO_CANDIDATES)}")
         if not 0 <= self.margin < float("inf"):
             raise InputError(f"--margin must be a number from 0 on, got {self.margin}")
         if self.sampling.num_steps < 1 or (self.max_clips is not None and self.max_clips < 1):
@@ -77,7 +78,7 @@ class PairSettings:
         return pick_mode(parse_mixture(self.mixture), self._rng(clip_id, "mode"))
 
     def choice_rng(self, clip_id: str) -> random.Random:
-        """What `gt_vs_random` draws from."""
+        """What the random modes draw from."""
         return self._rng(clip_id, "choice")
 
     def distortion_generator(self, clip_id: str) -> torch.Generator:

@@ -15,11 +15,13 @@ from typing import Literal, get_args
 
 from pipelines.errors import ContractError, InputError
 
-PairMode = Literal["gt_vs_worst", "best_vs_worst", "gt_vs_random", "gt_vs_distorted", "mixed"]
+PairMode = Literal["gt_vs_worst", "best_vs_worst", "gt_vs_random", "random_vs_random", "gt_vs_distorted", "mixed"]
 """gt_vs_worst: the ground truth against the lowest candidate (the paper's); best_vs_worst: highest against
-lowest candidate (CRPO); gt_vs_random: the ground truth against any valid candidate (a control without
-ranking); gt_vs_distorted: the ground truth against itself made wrong in time; mixed: one of the others,
-drawn for each pair."""
+lowest candidate (CRPO); gt_vs_random and random_vs_random: the same with valid candidates drawn at random
+(controls without ranking); gt_vs_distorted: the ground truth against itself made wrong in time; mixed: one
+of the others, drawn for each pair."""
+TWO_CANDIDATES = ("best_vs_worst", "random_vs_random")
+"""Modes whose winner is a candidate, too."""
 
 DROP_REASONS = (
     "invalid_ground_truth",
@@ -85,18 +87,22 @@ def choose(
 
     In the three `gt_*` modes the winner is always the ground truth; for `gt_vs_distorted` the candidates
     are the distorted ground truths. Unusable candidates take no part. Ties between candidates go to the
-    lower index, so the choice is a function of its arguments; `rng` is drawn from only by `gt_vs_random`. A
-    pair of equal rewards says nothing and is dropped at every margin, also at 0. `mixed` is resolved by
-    `pick_mode` beforehand: ValueError here.
+    lower index, so the choice is a function of its arguments; `rng` is drawn from only by the random modes. A
+    pair of equal rewards says nothing and is dropped at every margin, also at 0; of two candidates drawn at
+    random the rewards are not asked. `mixed` is resolved by `pick_mode` beforehand: ValueError here.
     """
     if mode == "mixed":
         raise ValueError("mixed is not a way to choose; draw a mode with pick_mode first")
     usable = [candidate for candidate in candidates if candidate.usable]
-    needed = 2 if mode == "best_vs_worst" else 1
-    if mode != "best_vs_worst" and not ground_truth.usable:
+    needed = 2 if mode in TWO_CANDIDATES else 1
+    if mode not in TWO_CANDIDATES and not ground_truth.usable:
         return Choice(winner=None, loser=None, drop_reason="invalid_ground_truth")
     if len(usable) < needed:
         return Choice(winner=None, loser=None, drop_reason="invalid_candidate")
+    if mode == "random_vs_random":
+        winner, loser = rng.sample(usable, 2)
+        same = winner.content == loser.content
+        return Choice(winner=winner, loser=loser, drop_reason="identical" if same else None)
     worst = min(usable, key=lambda candidate: candidate.reward)
     if mode == "best_vs_worst":
         best = max(usable, key=lambda candidate: candidate.reward)

@@ -1,3 +1,4 @@
+import itertools
 import math
 import random
 
@@ -99,6 +100,14 @@ def test_the_random_mode_reaches_every_valid_candidate_and_no_other():
     assert losers == set(others[:3])
 
 
+def test_two_random_candidates_are_paired_whatever_their_rewards_and_never_with_themselves():
+    others = [*candidates(0.5, -1.0, 0.5), contender(-9.0, "candidate_3", valid=False)]
+    truth = contender(math.nan, valid=False)
+    choices = [choose("random_vs_random", truth, others, 9.0, random.Random(seed)) for seed in range(50)]
+    assert all(choice.kept for choice in choices)
+    assert {(choice.winner, choice.loser) for choice in choices} == set(itertools.permutations(others[:3], 2))
+
+
 @pytest.mark.parametrize(
     ("mode", "truth", "others", "reason"),
     [
@@ -114,6 +123,8 @@ def test_the_random_mode_reaches_every_valid_candidate_and_no_other():
         ("best_vs_worst", contender(1.0), candidates(0.3, math.nan), "invalid_candidate"),
         ("best_vs_worst", contender(1.0), candidates(0.3, 0.3, 0.3), "tie"),
         ("best_vs_worst", contender(1.0), candidates(0.3, 0.6), "margin"),
+        ("random_vs_random", contender(1.0), candidates(0.3, math.nan), "invalid_candidate"),
+        ("random_vs_random", contender(1.0), [contender(0.1, "candidate_0", content="x")] * 2, "identical"),
     ],
 )
 def test_every_dropped_pair_says_why(mode, truth, others, reason):
