@@ -50,6 +50,7 @@ def write_results(
         content["rankings"] = {
             n: {s: asdict(r) | {"share": r.share} for s, r in f.items()} for n, f in rankings.items()
         }
+        (folder / "best_of_n.svg").write_text(best_of_n_figure(rankings), encoding="utf-8")
     if cells:
         numbers = StudyNumbers(cells)
         text += f"\n## The arms, on test\n\n{tables(numbers, compared_with)}"
@@ -68,6 +69,7 @@ def _figures(numbers: StudyNumbers, scored: Mapping[str, Points], moved: Mapping
     at_end = "At the end of each round; means over replicates"
     return {
         "frontier.svg": frontier_figure(numbers, BASELINE, "frechet", "class_f1"),
+        "diversity.svg": frontier_figure(numbers, BASELINE, "diversity", "class_f1"),
         "reward_and_f1.svg": lines_figure(scored, "reward R", "class-aware F1", on_val),
         "displacement.svg": lines_figure(moved, "loser's displacement", "winner's displacement", at_end),
     }
@@ -110,6 +112,18 @@ def ranking_table(found: Mapping[str, Mapping[int, RankingResult]]) -> str:
         )
     header = ["reward", "rank rho", "by replicate", "share of the oracle's gain", "by replicate"]
     return "\n".join(_table(header, rows)) + "\n"
+
+
+def best_of_n_figure(found: Mapping[str, Mapping[int, RankingResult]]) -> str:
+    """The best of n candidates of M_0 by each kind of reward, and by the independent score itself, as SVG."""
+    curves = {name: _mean_curve([result.picked for result in by_seed.values()]) for name, by_seed in found.items()}
+    oracles = [result.oracle for by_seed in found.values() for result in by_seed.values()]
+    lines = {**curves, "independent score": _mean_curve(oracles)}
+    return lines_figure(lines, "candidates", "class-aware F1", "Best of n on val; means over replicates")
+
+
+def _mean_curve(curves: Sequence[Mapping[int, float]]) -> list[tuple[float, float]]:
+    return [(float(n), float(np.mean([curve[n] for curve in curves]))) for n in sorted(curves[0])]
 
 
 def cost_table(worker_seconds: Mapping[str, float]) -> str:

@@ -89,15 +89,16 @@ class RankingResult:
 
     rho: Estimate
     """Mean rank correlation with the independent score."""
-    gain: float
-    """Class-aware F1 that the reward's Best-of-N gains over a random candidate."""
-    oracle_gain: float
-    """What the independent score itself would gain."""
+    picked: dict[int, float]
+    """Class-aware F1 of the best of n candidates by the reward; of one, a random candidate's."""
+    oracle: dict[int, float]
+    """The same by the independent score itself."""
 
     @property
     def share(self) -> float:
-        """Share of the oracle's gain."""
-        return self.gain / self.oracle_gain if self.oracle_gain > 0 else math.nan
+        """Share of the oracle's gain over a random candidate that the reward gains, at the most candidates."""
+        gain, most = (curve[max(curve)] - curve[1] for curve in (self.picked, self.oracle))
+        return gain / most if most > 0 else math.nan
 
 
 def ranking_result(scores: ClipScores) -> RankingResult:
@@ -105,11 +106,11 @@ def ranking_result(scores: ClipScores) -> RankingResult:
     correlation = within_clip_correlation(scores)
     known = correlation[np.isfinite(correlation)]
     weights = resampling_weights(len(known), NUM_RESAMPLES, 0)
-    curve, most = best_of_n(scores), scores.num_candidates
+    curve = best_of_n(scores)
     return RankingResult(
         rho=estimate(weights @ known / weights.sum(axis=1)),
-        gain=curve.picked[most].value - curve.picked[1].value,
-        oracle_gain=curve.oracle[most].value - curve.oracle[1].value,
+        picked={n: point.value for n, point in curve.picked.items()},
+        oracle={n: point.value for n, point in curve.oracle.items()},
     )
 
 

@@ -78,6 +78,8 @@ def test_a_reward_that_is_the_score_gains_all_that_the_oracle_gains() -> None:
     perfect = ranking_result(scores_of(rows))
     assert perfect.rho.value == pytest.approx(1.0)
     assert perfect.share == pytest.approx(1.0)
+    assert perfect.picked == pytest.approx(perfect.oracle)
+    assert perfect.picked[3] > perfect.picked[2] > perfect.picked[1]
     for row in rows:
         for one in row["candidates"]:
             one["total"] = -one["total"]
@@ -103,7 +105,7 @@ def test_the_results_of_an_unfinished_study_are_written_from_what_is_done(tmp_pa
     content = json.loads((tmp_path / "results.json").read_text())
     expected = StudyNumbers(cells).value("arm", "class_f1").mean.value
     assert content["values"]["arm"]["class_f1"]["mean"]["value"] == pytest.approx(expected)
-    for name in ("frontier.svg", "reward_and_f1.svg", "displacement.svg"):
+    for name in ("frontier.svg", "diversity.svg", "best_of_n.svg", "reward_and_f1.svg", "displacement.svg"):
         assert (tmp_path / name).read_text().startswith("<svg")
 
 
