@@ -86,6 +86,17 @@ def ranking_loss(scores: Tensor, is_wrong: Tensor, scale: Tensor) -> Tensor:
     return total / num_edits
 
 
+def group_shares(is_degraded: Tensor, gather: Gather) -> Tensor:
+    """Weights [B] that make a mean over all samples the sum of two means: over samples with edits, and over degraded.
+
+    Few samples bring degraded sounds; in one mean with all others these would hardly count.
+    """
+    every = gather(is_degraded.float())
+    num_degraded = every.sum()
+    counts = torch.where(is_degraded, num_degraded, len(every) - num_degraded)
+    return len(every) / counts
+
+
 def onset_weights(log_mel: Tensor, gather: Gather) -> Tensor:
     """Weight of each clip's timing [B]: deviation of its onset strength over the batch's median, in [0.2, 2].
 
@@ -151,8 +162,9 @@ def _losses(
         real_fast = sounds.fast[::num_sounds]
         timing = segment_loss(video.fast, real_fast, scale_fast, config.segment_steps)
     temporal = (onset_weights(views.sounds[:, 0], gather) * timing).mean()
-    ranking_slow = ranking_loss(cosines, views.is_wrong, scale_slow).mean()
-    ranking_fast = ranking_loss(contrasts, views.is_wrong, scale_fast).mean()
+    shares = group_shares(views.is_degraded, gather)
+    ranking_slow = (shares * ranking_loss(cosines, views.is_wrong, scale_slow)).mean()
+    ranking_fast = (shares * ranking_loss(contrasts, views.is_wrong, scale_fast)).mean()
     loss = semantic + config.temporal_weight * temporal + config.ranking_weight * (ranking_slow + ranking_fast)
 
     with torch.no_grad():

@@ -104,6 +104,8 @@ class TrainingViews:
     Where no sample of the batch is hard, the real sound alone: [B, 1, M, T]."""
     is_wrong: Tensor
     """Whether a version counts as worse than the one before it: its sample is hard and it changed enough, [B, K]."""
+    is_degraded: Tensor
+    """Whether the versions are a generator's and no edits, [B]."""
     offset_mel: Tensor
     """The sound with the plan's offset."""
     offset: Tensor
@@ -156,8 +158,8 @@ def make_views(
     if bool(is_hard.any()):
         u_edits = u_flat[:, 3 : 3 + num_edits * EDIT_DRAWS].reshape(len(u_flat), num_edits, EDIT_DRAWS)
         versions, is_wrong = _edits(real, u_edits, is_hard)
+    flags = takes.repeat_interleave(num_crops)
     if degraded is not None and bool(takes.any()):
-        flags = takes.repeat_interleave(num_crops)
         for k, version in enumerate(_cut_degraded(model, degraded, plan, takes, config), start=1):
             versions[k] = versions[k].clone()
             versions[k][flags] = apply_gain(version, gain_db[flags])
@@ -172,6 +174,7 @@ def make_views(
         frames=cut(frames, plan.video_start, config.crop_steps, dim=1),
         sounds=torch.stack(sounds[:-1], dim=1),
         is_wrong=is_wrong,
+        is_degraded=flags,
         offset_mel=sounds[-1],
         offset=plan.offset.flatten(),
     )
