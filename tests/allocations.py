@@ -25,6 +25,10 @@ class Allocations(TorchDispatchMode):
                     self._see(tensor)
         self.start = self.peak = self.live
 
+    def restart_peak(self) -> None:
+        """Count the highest from now on."""
+        self.peak = self.live
+
     def _see(self, tensor: Tensor) -> None:
         if tensor.layout != torch.strided:
             # Others have no storage of their own; some test before may have left one.

@@ -2,6 +2,8 @@
 
 import faulthandler
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,16 +26,23 @@ def train_together(orders: list[TrainingOrder], world_size: int, meeting: Path) 
     mp.start_processes(_rank, (orders, world_size, str(meeting)), nprocs=world_size, start_method="spawn")
 
 
-def _rank(rank: int, orders: list[TrainingOrder], world_size: int, meeting: str) -> None:
+@contextmanager
+def one_of_several(rank: int, world_size: int, meeting: str) -> Iterator[World]:
+    """Inside, this process is one rank; at the end it waits for the others. See `train_together`."""
     faulthandler.dump_traceback_later(PATIENCE_S, exit=True)
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     store = dist.FileStore(meeting, world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    for order in orders:
-        try:
-            train(order, World(rank, world_size, torch.device("cpu")), lambda step, metrics: None)
-        except KeyError:
-            continue
+    yield World(rank, world_size, torch.device("cpu"))
     dist.barrier()
     faulthandler.cancel_dump_traceback_later()
+
+
+def _rank(rank: int, orders: list[TrainingOrder], world_size: int, meeting: str) -> None:
+    with one_of_several(rank, world_size, meeting) as world:
+        for order in orders:
+            try:
+                train(order, world, lambda step, metrics: None)
+            except KeyError:
+                continue
