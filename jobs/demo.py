@@ -15,7 +15,7 @@ from jobs.chain import Step, run_all, seconds_of
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Make the synthetic world, train SF-CAVP and M_0 on it, run preference rounds with their control, and report."""
+    """Make the synthetic world, train M_0 and SF-CAVP on it, run preference rounds with their control, and report."""
 
     out: cli.StoragePath
     """Folder for everything the demo makes."""
@@ -44,7 +44,7 @@ class Options:
 def steps(options: Options) -> list[Step]:
     """The stages in order, as the commands a person would give."""
     out, workers = options.out, ("--num-workers", str(options.num_workers))
-    features, reward, m0 = f"{out}/features", f"{out}/sf_cavp", f"{out}/m0"
+    features, m0, degraded, reward = (f"{out}/{name}" for name in ("features", "m0", "degraded", "sf_cavp"))
     data = ("--features", features)
     counts = (
         f"--num-train={options.num_train}",
@@ -70,8 +70,9 @@ def steps(options: Options) -> list[Step]:
     return [
         step("world", "make_demo_world", f"{out}/world", *counts, f"--seed={options.seed}", *workers),
         step("preprocess", "preprocess", features, "--manifest", f"{out}/world/clips.csv", *workers),
-        step("sf_cavp", "train_sf_cavp", reward, *data, *workers),
         step("m0", "train_mmdit", m0, *data, *workers),
+        step("degraded", "degrade", degraded, "--policy", m0, *data, *workers),
+        step("sf_cavp", "train_sf_cavp", reward, *data, "--degraded", degraded, *workers),
         step(
             "rpo",
             "rpo_rounds",

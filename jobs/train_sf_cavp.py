@@ -21,7 +21,7 @@ class Options(TrainingOptions):
     out: cli.StoragePath
     """Folder of the reward."""
     size: str = "base"
-    """tiny or base."""
+    """tiny, tiny_wide or base."""
     split: str = "train"
     """Split to train on."""
     val_split: str = "val"

@@ -43,7 +43,7 @@ CONFIG_FILE = "config.json"
 WINDOW_STEPS, WINDOW_HOP_STEPS = 4 * VIDEO_RATE_HZ, 2 * VIDEO_RATE_HZ
 EDGE_STEPS = 2
 """Fast steps left out at both ends, whose convolutions saw repeated edges."""
-MAX_SHIFT_STEPS = {"tiny": 12, "base": 32}
+MAX_SHIFT_STEPS = {"tiny": 12, "tiny_wide": 12, "base": 32}
 """Greatest shift that is looked at, either way: what each size was trained to tell apart."""
 SILENT_RMS = 10 ** (-60 / 20)
 CLIPPED_LEVEL, CLIPPED_SHARE = 0.999, 1e-3

@@ -75,8 +75,10 @@ class LossConfig:
         )
 
 
+_TINY = LossConfig(crop_steps=24, max_offset_steps=12, offset_grid=1, easy_samples=150 * 32, ramp_samples=60 * 32)
 LOSS_CONFIGS: dict[str, LossConfig] = {
-    "tiny": LossConfig(crop_steps=24, max_offset_steps=12, offset_grid=1, easy_samples=150 * 32, ramp_samples=60 * 32),
+    "tiny": _TINY,
+    "tiny_wide": _TINY,
     "base": LossConfig(crop_steps=64, max_offset_steps=32, offset_grid=2, num_crops=3),
 }
 """The losses by model size: tiny for clips of 2.5 s, base for 8 s and longer."""

@@ -340,15 +340,18 @@ def base_trunk(kind: Literal["video", "audio"]) -> TrunkConfig:
     )
 
 
-def tiny_trunk(kind: Literal["video", "audio"]) -> TrunkConfig:
-    """Build the same structure with small numbers, for two CPU cores: three stages of one basic block."""
+def tiny_trunk(kind: Literal["video", "audio"], fast_scale: int = 1) -> TrunkConfig:
+    """Build the same structure with small numbers, for two CPU cores: three stages of one basic block.
+
+    `fast_scale` multiplies the widths of the fast pathway.
+    """
     video = kind == "video"
-    widths = ((24, 8, 1), (48, 12, 3), (96, 24, 3))
+    widths = ((24, 8 * fast_scale, 1), (48, 12 * fast_scale, 3), (96, 24 * fast_scale, 3))
     return TrunkConfig(
         space_dims=2 if video else 1,
         in_channels=3 if video else 1,
         slow_stem_width=24,
-        fast_stem_width=8,
+        fast_stem_width=8 * fast_scale,
         fast_stem_kernel=5,
         stem_space_kernel=5,
         stem_time_stride=1 if video else 2,

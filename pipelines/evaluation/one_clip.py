@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.data.contracts import FEATURES, PAIRS, SCORES, Contract
+from pipelines.data.contracts import DEGRADED, FEATURES, PAIRS, SCORES, Contract
 from pipelines.data.store import Dataset
 from pipelines.data.tables import column_to_numpy
 from pipelines.errors import InputError
@@ -33,11 +33,13 @@ def one_clip_page(demo: Path) -> str:
         InputError: the folder holds no finished demo.
     """
     features = Dataset.open(str(demo / "features"), FEATURES)
+    degraded = Dataset.open(str(demo / "degraded"), DEGRADED)
     pairs = Dataset.open(str(demo / "rpo" / "round_0" / "pairs"), PAIRS)
     scores = Dataset.open(str(demo / "scores" / "m0"), SCORES)
     paired, scored = _first_kept(pairs), _first_id(scores)
     sections = [
         ("After `preprocess`: a row of features", FEATURES, features, paired),
+        ("After `degrade`: a row of degraded sounds", DEGRADED, degraded, _first_id(degraded)),
         ("After `generate_preferences`: a row of pairs", PAIRS, pairs, paired),
         ("After `evaluate`: a row of scores, of M_0", SCORES, scores, scored),
     ]

@@ -32,8 +32,9 @@ SMALLER: dict[str, dict[str, Any]] = {
     "report": {"num_clips": 2},
 }
 STAGES = (
-    *("world", "features", "sf_cavp", "m0", "rpo", "rpo/round_0/pairs", "rpo/round_0/policy", "rpo/round_0/control"),
-    *("rpo/round_0/scores", "rpo/round_0/verdict", "scores/m0", "scores/m1", "scores/control1", "gates", "report"),
+    *("world", "features", "m0", "degraded", "sf_cavp", "rpo"),
+    *("rpo/round_0/pairs", "rpo/round_0/policy", "rpo/round_0/control", "rpo/round_0/scores", "rpo/round_0/verdict"),
+    *("scores/m0", "scores/m1", "scores/control1", "gates", "report"),
 )
 
 
@@ -100,5 +101,5 @@ def test_the_demo_killed_in_training_and_in_its_evaluations_ends_as_if_never_kil
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.run_name for run in parents] == ["demo"]
     children = {run.info.run_name for run in runs} - {"demo"}
-    stages = {"make_demo_world", "preprocess", "train_sf_cavp", "train_mmdit", "rpo_rounds", "generate_preferences"}
-    assert children == stages | {"train_rpo", "evaluate", "check_reward", "report"}
+    stages = {"make_demo_world", "preprocess", "train_mmdit", "degrade", "train_sf_cavp", "rpo_rounds"}
+    assert children == stages | {"generate_preferences", "train_rpo", "evaluate", "check_reward", "report"}
