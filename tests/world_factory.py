@@ -86,13 +86,14 @@ def write_policy(out: Path, features: Path, seed: int = 0) -> Path:
     return out
 
 
-def write_degraded(out: Path, features: Path, policy: Path, split: str = "train", num_versions: int = 3) -> Path:
-    """Write what a policy makes worse of a split's clips, in one Euler step."""
+def write_degraded(
+    out: Path, features: Path, policy: Path, split: str = "train", num_versions: int = 3, max_clips: int | None = None
+) -> Path:
+    """Write what a policy makes worse of a split's clips, or of some of them, in one Euler step."""
+    sampling = Sampling(num_steps=1, guidance=1.0)
     degrade(
         DegradeInputs(policy=str(policy), features=str(features), split=split),
-        DegradeSettings(
-            num_versions=num_versions, sampling=Sampling(num_steps=1, guidance=1.0), seed=0, max_clips=None
-        ),
+        DegradeSettings(num_versions=num_versions, sampling=sampling, seed=0, max_clips=max_clips),
         out=str(out),
         pool=HERE,
         say=lambda line: None,

@@ -101,6 +101,7 @@ def test_train_sf_cavp_killed_in_the_middle_ends_like_an_uninterrupted_run(tmp_p
     features = write_world(tmp_path / "features", {"train": 40, "val": 8})
     flags = ["--size", "tiny", "--features", str(features), "--num-workers", "0", *_steps(8, 3)]
     if with_degraded:
-        degraded = write_degraded(tmp_path / "degraded", features, write_policy(tmp_path / "policy", features))
+        policy = write_policy(tmp_path / "policy", features)
+        degraded = write_degraded(tmp_path / "degraded", features, policy, max_clips=8)
         flags += ["--degraded", str(degraded), "--degraded-every", "2"]
     _killed_equals_whole("train_sf_cavp", flags, "sf_cavp.safetensors", tmp_path, kill_at=4)

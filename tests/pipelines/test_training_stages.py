@@ -210,9 +210,11 @@ def test_sf_cavp_comes_out_calibrated_with_its_gates(world: str, tmp_path: Path)
 @pytest.fixture(scope="module")
 def degraded(world: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("degraded")
-    return str(write_degraded(root / "degraded", Path(world), write_policy(root / "policy", Path(world))))
+    policy = write_policy(root / "policy", Path(world))
+    return str(write_degraded(root / "degraded", Path(world), policy, max_clips=4))
 
 
+@pytest.mark.slow
 def test_sf_cavp_cut_in_the_middle_learns_from_degraded_sounds_as_if_uninterrupted(
     world: str, degraded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,11 +275,11 @@ def test_degraded_sounds_that_do_not_fit_are_one_clear_line(world: str, degraded
         )
 
     with pytest.raises(InputError, match=r"has 2 versions a clip, SF-CAVP of size tiny takes 3: .*--num-versions 3"):
-        train(write_degraded(tmp_path / "two", Path(world), policy, num_versions=2))
+        train(write_degraded(tmp_path / "two", Path(world), policy, num_versions=2, max_clips=1))
     with pytest.raises(InputError, match="made of split 'val', and the training is on split 'train'"):
-        train(write_degraded(tmp_path / "val", Path(world), policy, split="val"))
+        train(write_degraded(tmp_path / "val", Path(world), policy, split="val", max_clips=1))
     with pytest.raises(InputError, match="made of other features"):
-        train(write_degraded(tmp_path / "other", other, policy))
+        train(write_degraded(tmp_path / "other", other, policy, max_clips=1))
     with pytest.raises(InputError, match="--degraded-every must be at least 2, got 1"):
         train(degraded, every=1)
     with pytest.raises(InputError, match="features"):
