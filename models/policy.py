@@ -109,10 +109,8 @@ class Policy:
         computed once). `guidance` <= 1 uses the conditional field alone. `negative_text` [1 or B, Lt, text_dim] takes
         the place of the empty string in the unconditional field. Deterministic: all randomness is in `noise`.
         """
-        batch = noise.shape[0]
-        if noise.shape != self.noise_shape(batch):
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {self.noise_shape(batch)}")
-        network, device = self.network, self.network.device
+        self._check_noise(noise)
+        batch, network, device = noise.shape[0], self.network, self.network.device
         conditions = network.preprocess_conditions(clip_f.to(device), sync_f.to(device), text_f.to(device))
         num_clips = conditions.clip.shape[0]
         if num_clips not in (1, batch):
@@ -155,7 +153,11 @@ class Policy:
         policy's own faults and the less of the sound (SDEdit: Meng et al. 2022, arXiv 2108.01073). Features are raw, of
         the one clip; `guidance` as in `generate`. `blind` keeps the conditions from the policy, which then finishes
         what is left of the sound with whatever it finds likely: wrong in what and when, however good it is.
+        ValueError for noise of another shape or not one start a noise.
         """
+        self._check_noise(noise)
+        if start.shape != noise.shape[:1]:
+            raise ValueError(f"start has shape {tuple(start.shape)}, expected one of each of {noise.shape[0]} noises")
         network, device, count = self.network, self.network.device, noise.shape[0]
         features = network.empty_features(1) if blind else (clip_f.to(device), sync_f.to(device), text_f.to(device))
         conditions = network.preprocess_conditions(*features).expand(count)
@@ -169,6 +171,11 @@ class Policy:
             return network.guided_velocity(x, t, conditions, empty, guidance if guided else 1.0)
 
         return self.transform.unnormalize(euler_sample_from(velocity, point, start, num_steps))
+
+    def _check_noise(self, noise: Tensor) -> None:
+        expected = self.noise_shape(noise.shape[0])
+        if noise.shape != expected:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {expected}")
 
     def save(self, folder: Path) -> list[str]:
         """Write the policy, adapters merged, into an existing folder; returns the names of the files."""

@@ -228,19 +228,25 @@ class Reward:
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> "Reward":
         """Read a reward, bit for bit what was saved; ValueError says what is missing or does not fit."""
-        path = folder / CONFIG_FILE
-        config = load_config(path, KIND)
-        size, values = config.get("size"), config.get("calibration")
-        if not isinstance(size, str) or size not in SF_CAVP_SIZES:
-            raise ValueError(f"{path} names the size {size!r}; known sizes: {', '.join(SF_CAVP_SIZES)}")
-        if config.get("parts") != PARTS_VERSION:
-            raise ValueError(f"{path}: its reward was calibrated for other parts than this code has; train it again")
-        known = {field.name for field in dataclasses.fields(Calibration)}
-        if not isinstance(values, dict) or set(values) != known:
-            raise ValueError(f"{path} has no whole calibration; it needs {', '.join(sorted(known))}")
+        size, calibration = read_reward_config(folder)
         model = SFCAVP(SF_CAVP_SIZES[size])
         load_strict(model, load_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
-        return cls(model.to(device), size, Calibration(**cast(dict[str, float], values)))  # pyright: ignore[reportArgumentType]
+        return cls(model.to(device), size, calibration)
+
+
+def read_reward_config(folder: Path) -> tuple[str, Calibration]:
+    """Size and calibration of a reward; ValueError where it is none, damaged, or calibrated for other parts."""
+    path = folder / CONFIG_FILE
+    config = load_config(path, KIND)
+    size, values = config.get("size"), config.get("calibration")
+    if not isinstance(size, str) or size not in SF_CAVP_SIZES:
+        raise ValueError(f"{path} names the size {size!r}; known sizes: {', '.join(SF_CAVP_SIZES)}")
+    if config.get("parts") != PARTS_VERSION:
+        raise ValueError(f"{path}: its reward was calibrated for other parts than this code has; train it again")
+    known = {field.name for field in dataclasses.fields(Calibration)}
+    if not isinstance(values, dict) or set(values) != known:
+        raise ValueError(f"{path} has no whole calibration; it needs {', '.join(sorted(known))}")
+    return size, Calibration(**cast(dict[str, float], values))  # pyright: ignore[reportArgumentType]
 
 
 def window_starts(num_steps: int) -> tuple[int, ...]:

@@ -22,10 +22,10 @@ Gather = Callable[[Tensor], Tensor]
 def semantic_loss(
     video: Tensor, audio: Tensor, edited: Tensor, is_wrong: Tensor, scale: Tensor, num_crops: int
 ) -> Tensor:
-    """Symmetric InfoNCE over unit clip vectors [G, D], the picture's own edited sounds as further columns.
+    """Symmetric InfoNCE over unit clip vectors [G, D], the worse versions of the picture's own sound as more columns.
 
-    `edited` [G, K] are cosines of each picture with its edits, left out where not `is_wrong`. Other crops of the same
-    video (adjacent rows, `num_crops` a video) are no negatives: steady sound would make them false ones.
+    `edited` [G, K] are cosines of each picture with those versions, left out where not `is_wrong`. Other crops of the
+    same video (adjacent rows, `num_crops` a video) are no negatives: steady sound would make them false ones.
     """
     logits = scale * video @ audio.T
     rows = torch.arange(len(logits), device=logits.device)
@@ -71,8 +71,8 @@ def segment_loss(video_fast: Tensor, audio_fast: Tensor, scale: Tensor, segment_
 def ranking_loss(scores: Tensor, is_wrong: Tensor, scale: Tensor) -> Tensor:
     """Negative log-likelihood (Plackett-Luce) of the right order of sounds that get worse and worse, a value a clip.
 
-    `scores` [B, 1 + K]: the real sound, then K versions with one more edit each. Version j counts as worse than i < j
-    if one of the edits between them is wrong (`is_wrong` [B, K]). The real sound must be the best, and of two wrong
+    `scores` [B, 1 + K]: the real sound, then K versions. Version j counts as worse than i < j if one of the steps
+    from i to j made it worse (`is_wrong` [B, K]). The real sound must be the best, and of two wrong
     ones the less wrong must be better: among a generator's candidates none is right.
     """
     num_edits = is_wrong.shape[1]
@@ -143,8 +143,8 @@ def _losses(
     without_edits = 1 + config.num_edits - num_sounds
     offsets = _offset_grid(config, video.fast.device)
 
-    # [B, 1 + K]: the two parts of the reward, of the real sound and its edits; nought where there are none, so that
-    # every rank gathers the same shapes.
+    # [B, 1 + K]: S_sem's pooled half and S_tmp, of the real sound and its versions; nought where there are none, so
+    # that every rank gathers the same shapes.
     video_vector = clip_vector(video.slow)
     sound_vectors = rearrange(clip_vector(sounds.slow), "(b k) d -> b k d", k=num_sounds)
     cosines = F.pad(torch.einsum("bd,bkd->bk", video_vector, sound_vectors), (0, without_edits))

@@ -1,6 +1,7 @@
-"""What the stages that work through a dataset's clips have in common: a policy that fits them, and few rejects."""
+"""What the stages that work through a dataset's clips have in common: policy and reward that fit, and few rejects."""
 
 from models.policy import CONFIG_FILE, KIND, POLICY_FILES
+from models.reward import read_reward_config
 from models.spec import SPECS
 from models.weights import load_config
 from pipelines.data.store import CHECKPOINT, Dataset, open_local_files, read_manifest
@@ -19,6 +20,16 @@ def fingerprint_of_policy(location: str, features: Dataset) -> str:
             f"{location} is a policy for clips of spec '{spec_name}', {features.folder.uri} has clips of "
             f"'{features.spec.name}' of {features.spec.duration_s:g} s; give features made for that policy"
         )
+    return manifest["fingerprint"]
+
+
+def fingerprint_of_reward(location: str) -> str:
+    """Verify the reward at a place and return its fingerprint; raises InputError where this code cannot use it."""
+    folder, manifest = open_local_files(location, CHECKPOINT)
+    try:
+        read_reward_config(folder)
+    except ValueError as error:
+        raise InputError(f"{location} is not a reward: {error}") from error
     return manifest["fingerprint"]
 
 

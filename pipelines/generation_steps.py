@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import reward as rewards
 from models.codec import build_codec
 from models.encoders import build_encoders
 from models.policy import CONFIG_FILE, KIND, POLICY_FILES, Policy
 from models.pretrained import codec_roles, encoder_roles
-from models.reward import Reward
+from models.reward import Reward, read_reward_config
 from models.spec import SPECS, ClipSpec
 from models.weights import load_config
 from pipelines.data.store import CHECKPOINT, open_local_files
@@ -81,7 +80,7 @@ def find_networks(policy: str, reward: str | None, weights: str | None, device: 
     try:
         spec_name = load_config(own / CONFIG_FILE, KIND).get("spec")
         if judge is not None:
-            load_config(judge / rewards.CONFIG_FILE, rewards.KIND)
+            read_reward_config(judge)
     except ValueError as error:
         raise InputError(str(error)) from error
     if not isinstance(spec_name, str) or spec_name not in SPECS:

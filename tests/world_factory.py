@@ -22,6 +22,9 @@ from pipelines.data.measures import measure_clip
 from pipelines.data.media_write import encode_flac
 from pipelines.data.store import Dataset, files_manifest
 from pipelines.data.tables import column_to_numpy, table_from_rows
+from pipelines.data.units import HERE
+from pipelines.preferences.candidates import Sampling
+from pipelines.preferences.degraded import DegradeInputs, DegradeSettings, degrade
 from pipelines.stage import StageContext, run_stage
 from tests.feature_factory import TINY, write_dataset
 
@@ -83,8 +86,25 @@ def write_policy(out: Path, features: Path, seed: int = 0) -> Path:
     return out
 
 
-def write_reward(out: Path, features: Path, split: str = "val", seed: int = 0) -> Path:
-    """Write an untrained tiny reward, calibrated on the clips of a split."""
+def write_degraded(
+    out: Path, features: Path, policy: Path, split: str = "train", num_versions: int = 3, max_clips: int | None = None
+) -> Path:
+    """Write what a policy makes worse of a split's clips, or of some of them, in one Euler step."""
+    sampling = Sampling(num_steps=1, guidance=1.0)
+    degrade(
+        DegradeInputs(policy=str(policy), features=str(features), split=split),
+        DegradeSettings(
+            starts=(0.0, 0.6), blind=False, num_versions=num_versions, sampling=sampling, seed=0, max_clips=max_clips
+        ),
+        out=str(out),
+        pool=HERE,
+        say=lambda line: None,
+    )
+    return out
+
+
+def write_reward(out: Path, features: Path, split: str = "val", seed: int = 0, *, train_split: str = "train") -> Path:
+    """Write an untrained tiny reward, calibrated on the clips of a split, which says it was trained on another."""
     dataset = Dataset.open(str(features), FEATURES)
     torch.manual_seed(seed)
     codec = build_codec(TINY.name)
@@ -107,7 +127,7 @@ def write_reward(out: Path, features: Path, split: str = "val", seed: int = 0) -
 
     run_stage(
         name="factory_reward",
-        config={"seed": seed, "train_split": "train"},
+        config={"seed": seed, "split": train_split},
         inputs={"features": dataset.fingerprint},
         out=str(out),
         body=body,

@@ -385,7 +385,7 @@ MEASURES = Contract(
         Column(
             name="semantic",
             type=_plain(pa.float32()),
-            doc="does the sound belong to the picture: cosine of SF-CAVP's slow vectors; null without a reward",
+            doc="does the sound belong to the picture: similarity of SF-CAVP's slow streams; null without a reward",
             nullable=True,
         ),
         Column(

@@ -15,7 +15,7 @@ from models.codec import build_codec
 from models.policy import POLICY_FILES, Policy
 from models.reward import Reward
 from models.spec import ClipSpec
-from pipelines.clip_stage import fingerprint_of_policy, refuse_many_rejects
+from pipelines.clip_stage import fingerprint_of_policy, fingerprint_of_reward, refuse_many_rejects
 from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, SCORES
 from pipelines.data.pictures import require_pictures
@@ -137,8 +137,7 @@ def evaluate(
 
 def _check_inputs(inputs: EvaluationInputs, settings: EvaluationSettings, features: Dataset) -> dict[str, str]:
     """Fingerprints of the inputs by role; raises InputError where one is missing or does not fit the features."""
-    reward = open_local_files(inputs.reward, CHECKPOINT)[1]
-    fingerprints = {"features": features.fingerprint, "reward": reward["fingerprint"]}
+    fingerprints = {"features": features.fingerprint, "reward": fingerprint_of_reward(inputs.reward)}
     if settings.needs_policy:
         if inputs.policy is None:
             raise InputError("--policy is missing: this subject samples from one")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from models.reward import Reward
+from pipelines.clip_stage import fingerprint_of_reward
 from pipelines.data.contracts import FEATURES
 from pipelines.data.pictures import require_pictures
 from pipelines.data.store import CHECKPOINT, Dataset, files_manifest, open_files, open_local_files, read_manifest
@@ -60,8 +61,7 @@ def check_reward(
     """
     features = Dataset.open(inputs.features, FEATURES)
     require_pictures(features, (split,), "the reward")
-    reward_folder, reward_manifest = open_local_files(inputs.reward, CHECKPOINT)
-    fingerprints = {"features": features.fingerprint, "reward": reward_manifest["fingerprint"]}
+    fingerprints = {"features": features.fingerprint, "reward": fingerprint_of_reward(inputs.reward)}
     for name, place in (("scores", inputs.scores), ("truth_scores", inputs.truth_scores)):
         if place is not None:
             fingerprints[name] = read_manifest(place, kind="dataset")["fingerprint"]
@@ -69,7 +69,7 @@ def check_reward(
 
     def body(context: StageContext) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        reward = Reward.load(reward_folder, device)
+        reward = Reward.load(open_local_files(inputs.reward, CHECKPOINT)[0], device)
         pairs = ((frames.to(device), wave.to(device), rate) for frames, wave, rate in real_pairs(features, split))
         try:
             report = measure(reward, pairs)

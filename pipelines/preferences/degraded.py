@@ -21,6 +21,7 @@ from pipelines.clip_stage import fingerprint_of_policy, refuse_many_rejects
 from pipelines.data.clip_units import ClipReader, clip_places, cut_places, draw_clips
 from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import DEGRADED, FEATURES, REJECTS
+from pipelines.data.frames import decode_frames
 from pipelines.data.media_write import encode_flac
 from pipelines.data.pictures import require_pictures
 from pipelines.data.store import CHECKPOINT, Dataset, open_local_files
@@ -51,7 +52,7 @@ class DegradeSettings:
     max_clips: int | None
 
     def __post_init__(self) -> None:
-        if min(self.num_versions, self.sampling.num_steps, self.max_clips or 1) < 1:
+        if min(self.num_versions, self.sampling.num_steps, 1 if self.max_clips is None else self.max_clips) < 1:
             raise InputError("--num-versions, --num-steps and --max-clips must be at least 1")
         if not 0 <= self.starts[0] < self.starts[1] <= 1:
             raise InputError(f"--starts: two times with 0 <= earliest < latest <= 1, got {self.starts}")
@@ -112,6 +113,8 @@ class DegradeWorker:
         """Nothing to end."""
 
     def _row(self, clip: dict[str, Any]) -> dict[str, Any]:
+        # Only looked at: a row whose picture cannot be decoded would end the training that reads it.
+        decode_frames(clip["frames"])
         clip_id, rate_hz = clip["clip_id"], self._spec.sample_rate_hz
         starts, seeds = self._settings.starts_of(clip_id), self._settings.noise_seeds(clip_id)
         truth = torch.from_numpy(clip["latent_mean"])[None]

@@ -15,13 +15,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from models import reward as rewards
 from models.codec import build_codec
 from models.policy import POLICY_FILES, Policy
 from models.reward import Reward
 from models.spec import ClipSpec
-from models.weights import load_config
-from pipelines.clip_stage import fingerprint_of_policy
+from pipelines.clip_stage import fingerprint_of_policy, fingerprint_of_reward
 from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, PAIRS
 from pipelines.data.pictures import require_pictures
@@ -146,14 +144,9 @@ def check_inputs(inputs: PairInputs, features: Dataset) -> dict[str, str]:
             f"with --split (with --split train the reward ranks clips it was trained on, which the manifest records)"
         )
     require_pictures(features, (inputs.split,), "the reward")
-    reward_folder, reward = open_local_files(inputs.reward, CHECKPOINT)
-    try:
-        load_config(reward_folder / rewards.CONFIG_FILE, rewards.KIND)
-    except ValueError as error:
-        raise InputError(f"{inputs.reward} is not a reward: {error}") from error
     return {
         "policy": fingerprint_of_policy(inputs.policy, features),
-        "reward": reward["fingerprint"],
+        "reward": fingerprint_of_reward(inputs.reward),
         "features": features.fingerprint,
     }
 

@@ -52,7 +52,8 @@ class _Group:
 class RowGroups:
     """Random access to the row groups of one split of one or several datasets, projected to a few columns.
 
-    A column that a dataset's contract does not have is null in its rows, and absent where no dataset has it.
+    A column that a dataset's contract does not have is null in its rows where they are taken together with rows that
+    have it, and absent where none of them has. InputError for a column that is in no contract at all.
     """
 
     def __init__(self, data: Data, columns: tuple[str, ...]) -> None:

@@ -136,7 +136,7 @@ class Objective(Protocol):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns it reads; nothing else leaves the disk. One that a dataset does not have is null in its rows."""
+        """Columns it reads; nothing else leaves the disk. See `RowGroups` for one that a dataset does not have."""
         ...
 
     @property

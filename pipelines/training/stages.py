@@ -106,7 +106,7 @@ def train_sf_cavp(
         **options.affecting_bytes(),
     }
     if degraded is not None:
-        inputs["degraded"] = check_degraded(degraded, degraded_every, dataset, size)
+        inputs["degraded"] = check_degraded(degraded, degraded_every, dataset, train_split, size)
         config["degraded_every"] = degraded_every
 
     def body(context: StageContext) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from pipelines.training.journal import read_journal
 from tests.feature_factory import write_features, write_pairs
-from tests.world_factory import write_policy, write_world
+from tests.world_factory import write_degraded, write_policy, write_world
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 300.0
@@ -96,7 +96,12 @@ def test_train_rpo_killed_in_the_middle_ends_like_an_uninterrupted_run(tmp_path:
 
 
 @pytest.mark.slow
-def test_train_sf_cavp_killed_in_the_middle_ends_like_an_uninterrupted_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_degraded", [False, True])
+def test_train_sf_cavp_killed_in_the_middle_ends_like_an_uninterrupted_run(tmp_path: Path, with_degraded: bool) -> None:
     features = write_world(tmp_path / "features", {"train": 40, "val": 8})
     flags = ["--size", "tiny", "--features", str(features), "--num-workers", "0", *_steps(8, 3)]
+    if with_degraded:
+        policy = write_policy(tmp_path / "policy", features)
+        degraded = write_degraded(tmp_path / "degraded", features, policy, max_clips=8)
+        flags += ["--degraded", str(degraded), "--degraded-every", "2"]
     _killed_equals_whole("train_sf_cavp", flags, "sf_cavp.safetensors", tmp_path, kill_at=4)

@@ -11,11 +11,14 @@ import torch
 from jobs import cli
 from jobs.generate_preferences import Options, main
 from models.policy import Policy
+from models.reward import Reward
+from models.weights import load_config, save_config
 from pipelines.data.contracts import FEATURES, PAIRS
-from pipelines.data.store import Dataset, read_manifest
+from pipelines.data.store import Dataset, files_manifest, read_manifest
 from pipelines.data.tables import column_to_numpy
 from pipelines.errors import InputError, Refused
 from pipelines.preferences.candidates import ConditionRow, Sampling, sample_candidates
+from pipelines.stage import StageContext, run_stage
 from tests.world_factory import write_policy, write_reward, write_world
 
 NUM_CLIPS = 18
@@ -111,6 +114,28 @@ def test_the_manifest_tells_lineage_and_what_the_reward_has_seen(world: Path, pa
     assert manifest["reward_saw_clips"] is False
     main(options(world, tmp_path / "on_train", split="train", margin=0.0))
     assert read_manifest(str(tmp_path / "on_train"))["reward_saw_clips"] is True
+
+
+def test_a_reward_that_was_trained_on_another_split_has_seen_the_clips_of_that_one(world: Path, tmp_path: Path) -> None:
+    reward = str(write_reward(tmp_path / "reward", world / "features", train_split="rpo"))
+    for split, saw in (("rpo", True), ("train", False)):
+        out = tmp_path / split
+        main(options(world, out, reward=reward, split=split, margin=0.0, max_clips=2, max_reject_rate=1.0))
+        assert read_manifest(str(out))["reward_saw_clips"] is saw
+
+
+def test_a_reward_of_other_parts_is_refused_before_any_clip_is_sampled(world: Path, tmp_path: Path) -> None:
+    def body(context: StageContext) -> None:
+        config = load_config(world / "reward" / "config.json", "sf_cavp")
+        names = Reward.load(world / "reward").save(context.folder.local_path())
+        save_config(context.folder.local_path() / "config.json", {k: v for k, v in config.items() if k != "parts"})
+        context.finish({"kind": "checkpoint", "files": files_manifest(context.folder, names)})
+
+    old = tmp_path / "old"
+    run_stage(name="older_code", config={}, inputs={}, out=str(old), body=body, say=lambda line: None)
+    with pytest.raises(InputError, match="calibrated for other parts than this code has; train it again"):
+        main(options(world, tmp_path / "pairs", reward=str(old)))
+    assert not (tmp_path / "pairs").exists()
 
 
 def test_the_same_command_again_skips_and_other_settings_are_refused(

@@ -3,6 +3,7 @@ import torch
 
 from models.flow_matching import (
     euler_sample,
+    euler_sample_from,
     flow_matching_loss,
     interpolate,
     sample_condition_drops,
@@ -80,3 +81,28 @@ def test_euler_visits_equal_steps_from_zero_and_takes_the_velocity_at_their_star
 def test_euler_refuses_no_steps() -> None:
     with pytest.raises(ValueError, match="num_steps"):
         euler_sample(lambda x, t: x, torch.zeros(1, 1, 1), 0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_from_any_start_euler_is_exact_on_a_constant_field(num_steps: int) -> None:
+    x, velocity = torch.randn(2, 4, 5, 3, generator=_generator()).unbind(0)
+    start = torch.tensor([0.0, 0.3, 0.99, 1.0])
+    ends = euler_sample_from(lambda x, t: velocity, x, start, num_steps)
+    torch.testing.assert_close(ends, x + (1 - start)[:, None, None] * velocity)
+    assert torch.equal(ends[3], x[3])
+
+
+def test_from_nought_it_is_the_plain_sampler_and_each_sample_has_steps_of_its_own() -> None:
+    seen: list[torch.Tensor] = []
+
+    def field(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(t)
+        return torch.sin(3 * x) + t[:, None, None]
+
+    x = torch.randn(2, 5, 3, generator=_generator())
+    torch.testing.assert_close(euler_sample_from(field, x, torch.zeros(2), 6), euler_sample(field, x, 6))
+    seen.clear()
+    euler_sample_from(field, x, torch.tensor([0.0, 0.6]), 4)
+    torch.testing.assert_close(torch.stack(seen), torch.tensor([[0.0, 0.6], [0.25, 0.7], [0.5, 0.8], [0.75, 0.9]]))
+    with pytest.raises(ValueError, match="num_steps"):
+        euler_sample_from(field, x, torch.zeros(2), 0)

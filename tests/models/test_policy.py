@@ -191,6 +191,62 @@ def test_noise_of_another_shape_is_refused() -> None:
         _fitted().generate(*_features(1), torch.zeros(1, 40, 160), num_steps=1, guidance=1.0)
 
 
+# --- sampling on from a real sound -----------------------------------------------------------------------
+
+
+def test_what_starts_at_the_end_is_the_sound_itself_but_for_what_the_transform_loses() -> None:
+    policy, features = _fitted(), _features(1)
+    latents, noise = _training_split()[0][:1], _noise(policy, 2)
+    kept = policy.regenerate(*features, latents, noise, torch.ones(2), num_steps=3, guidance=2.0)
+    expected = policy.transform.unnormalize(policy.transform.normalize(latents)).expand(2, -1, -1)
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_what_starts_at_nought_is_a_sample_whatever_the_sound_was(guidance: float) -> None:
+    policy, features = _fitted(), _features(1)
+    latents, noise = _training_split()[0][:1], _noise(policy, 2)
+    sampled = policy.generate(*features, noise, num_steps=4, guidance=guidance)
+    again = policy.regenerate(*features, latents, noise, torch.zeros(2), num_steps=4, guidance=guidance)
+    assert again.dtype == torch.float32
+    assert relative_error(again, sampled) < 1e-4
+
+
+def test_versions_of_one_batch_do_not_depend_on_each_other_and_guidance_matters() -> None:
+    policy, features = _fitted(), _features(1)
+    latents, noise, start = _training_split()[0][:1], _noise(policy, 3), torch.tensor([0.5, 0.3, 0.1])
+    together = policy.regenerate(*features, latents, noise, start, num_steps=3, guidance=2.0)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = policy.regenerate(*features, latents, noise[one], start[one], num_steps=3, guidance=2.0)
+        assert relative_error(together[one], alone) < 1e-4
+    plain = policy.regenerate(*features, latents, noise, start, num_steps=3, guidance=1.0)
+    assert relative_error(plain, together) > 1e-3
+
+
+def test_a_blind_policy_hears_the_sound_alone() -> None:
+    """The same for every picture and guidance: the field of the null conditions."""
+    policy = _fitted()
+    latents, noise, start = _training_split()[0][:1], _noise(policy, 2), torch.tensor([0.5, 0.1])
+    one, other = _features(1), tuple(-feature for feature in _features(1))
+    blind = [
+        policy.regenerate(*features, latents, noise, start, 3, guidance, blind=True)
+        for features, guidance in ((one, 1.0), (other, 3.0))
+    ]
+    assert torch.equal(*blind)
+    null = policy.network.empty_features(1)
+    torch.testing.assert_close(blind[0], policy.regenerate(*null, latents, noise, start, 3, 1.0))
+    assert relative_error(policy.regenerate(*one, latents, noise, start, 3, 1.0), blind[0]) > 1e-3
+
+
+def test_noise_or_starts_that_do_not_fit_are_refused() -> None:
+    policy, latents = _fitted(), torch.zeros(1, 40, 160)
+    with pytest.raises(ValueError, match="noise has shape"):
+        policy.regenerate(*_features(1), latents, latents, torch.ones(1), num_steps=1, guidance=1.0)
+    with pytest.raises(ValueError, match="start has shape"):
+        policy.regenerate(*_features(1), latents, _noise(policy, 2), torch.ones(1), num_steps=1, guidance=1.0)
+
+
 # --- on disk ---------------------------------------------------------------------------------------------
 
 

@@ -158,6 +158,9 @@ def test_a_damaged_checkpoint_says_what_is_wrong(reward, tmp_path: Path) -> None
     save_config(tmp_path / "config.json", config | {"size": "huge"})
     with pytest.raises(ValueError, match="huge"):
         Reward.load(tmp_path)
+    save_config(tmp_path / "config.json", {name: value for name, value in config.items() if name != "parts"})
+    with pytest.raises(ValueError, match="calibrated for other parts than this code has; train it again"):
+        Reward.load(tmp_path)
     save_config(tmp_path / "config.json", config | {"calibration": {"semantic_mean": 0.0}})
     with pytest.raises(ValueError, match="calibration"):
         Reward.load(tmp_path)

@@ -14,6 +14,7 @@ from models.sf_cavp import (
     normalise_loudness,
     offset_similarity,
     parameter_groups,
+    semantic_similarity,
     temporal_contrast,
 )
 
@@ -139,3 +140,21 @@ def test_scales_start_at_the_usual_temperature_and_are_capped() -> None:
     with torch.no_grad():
         model.log_scale_fast.fill_(9.0)
     assert model.scales()[1].item() == 100
+
+
+def test_the_semantic_similarity_is_half_of_the_whole_and_half_of_the_steps() -> None:
+    video, audio = torch.randn(2, 3, 10, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    torch.testing.assert_close(semantic_similarity(video, video), torch.ones(3))
+    pooled = F.cosine_similarity(clip_vector(video), clip_vector(audio), dim=-1)
+    by_step = torch.stack([F.cosine_similarity(video[:, t], audio[:, t], dim=-1) for t in range(10)], dim=1).mean(dim=1)
+    torch.testing.assert_close(semantic_similarity(video, audio), (pooled + by_step) / 2)
+    torch.testing.assert_close(semantic_similarity(7.0 * video, 0.1 * audio), semantic_similarity(video, audio))
+
+
+def test_the_right_things_at_the_wrong_times_keep_the_pooled_half_alone() -> None:
+    """One direction a step: the same set of steps in another order has no step in its place."""
+    video = torch.eye(6)[None]
+    late = video.roll(1, dims=1)
+    torch.testing.assert_close(semantic_similarity(video, late), torch.tensor([0.5]))
+    half = torch.cat([video[:, :3], video[:, 3:].roll(1, dims=1)], dim=1)
+    torch.testing.assert_close(semantic_similarity(video, half), torch.tensor([0.75]))

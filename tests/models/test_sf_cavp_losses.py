@@ -19,7 +19,8 @@ from models.sf_cavp_losses import (
     semantic_loss,
     sf_cavp_loss,
 )
-from models.sf_cavp_views import LOSS_CONFIGS, LossConfig, draw_uniforms, make_views
+from models.sf_cavp_views import LOSS_CONFIGS, Degraded, LossConfig, draw_uniforms, make_views
+from tests.models.flashes import flashes_and_clicks, generators, hard_draws
 
 TINY = LOSS_CONFIGS["tiny"]
 NO_EDITS = torch.zeros(4, 0)
@@ -31,26 +32,6 @@ def identity(x: Tensor) -> Tensor:
 
 def units(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
-def generators(count: int, first: int = 0) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(first + i) for i in range(count)]
-
-
-def hard_draws(count: int, config: LossConfig, first: int = 0) -> Tensor:
-    return draw_uniforms(generators(count, first), [config.hard_from] * count, config)
-
-
-def flashes_and_clicks(num_clips: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Clips of 2.5 s in which the screen flashes and a click sounds at the same three times."""
-    generator = torch.Generator().manual_seed(seed)
-    frames, waves = torch.full((num_clips, 40, 3, 32, 32), 0.2), torch.randn(num_clips, 40_000, generator=generator)
-    waves *= 0.002
-    for i in range(num_clips):
-        for step in torch.randperm(38, generator=generator)[:3].tolist():
-            frames[i, step] = 0.9
-            waves[i, step * 1000 : step * 1000 + 1500] += 0.4 * torch.sin(torch.arange(1500) * 0.4)
-    return frames, waves
 
 
 def test_the_semantic_loss_is_infonce_in_both_directions() -> None:
@@ -135,32 +116,6 @@ def test_steady_sound_weighs_little_in_the_timing_loss() -> None:
     assert weights[1] == pytest.approx(1.0)
 
 
-def test_the_views_are_a_function_of_each_samples_own_draws() -> None:
-    model = SFCAVP(SF_CAVP_SIZES["tiny"])
-    frames, waves = flashes_and_clicks(4)
-    config = dataclasses.replace(TINY, join_probability=0.0)
-    views = make_views(model, frames, waves, hard_draws(4, config), config)
-    assert views.frames.shape == (4, 24, 3, 32, 32)
-    assert views.sounds.shape == (4, 4, 64, 96)
-    again = make_views(model, frames, waves, hard_draws(4, config), config)
-    assert torch.equal(views.sounds, again.sounds)
-    two = slice(1, 4, 2)
-    half = make_views(model, frames[two], waves[two], hard_draws(4, config)[two], config)
-    assert torch.equal(half.frames, views.frames[two])
-    assert torch.equal(half.offset, views.offset[two])
-    torch.testing.assert_close(half.sounds[:, 0], views.sounds[two, 0])
-
-
-def test_the_aligned_sound_is_that_of_the_pictures_crop() -> None:
-    """A click every flash: where the picture is bright, the aligned sound is loud."""
-    model = SFCAVP(SF_CAVP_SIZES["tiny"])
-    frames, waves = flashes_and_clicks(16)
-    views = make_views(model, frames, waves, hard_draws(16, TINY), TINY)
-    bright = views.frames.mean(dim=(2, 3, 4)) > 0.5
-    loudness = views.sounds[:, 0].amax(dim=1).reshape(16, 24, 4).amax(dim=2)
-    assert loudness[bright].median() > loudness[~bright].median() + 2
-
-
 def together(losses: list[Callable[[Callable[[Tensor], Tensor]], Tensor]]) -> Tensor:
     """Run every rank's loss in a thread of its own; `gather` joins their live tensors, as an all-gather whose backward
     sums over ranks does. Returns the mean of the losses, whose gradient is what data-parallel training applies."""
@@ -188,8 +143,9 @@ def together(losses: list[Callable[[Callable[[Tensor], Tensor]], Tensor]]) -> Te
     return torch.stack(results).mean()
 
 
-@pytest.mark.parametrize(("form", "num_crops"), [("offset", 1), ("segment", 2)])
-def test_two_ranks_compute_the_loss_and_the_gradient_of_one(form, num_crops) -> None:
+@pytest.mark.parametrize(("form", "num_crops", "degraded_rows"), [("offset", 1, []), ("segment", 2, [2, 6])])
+def test_two_ranks_compute_the_loss_and_the_gradient_of_one(form, num_crops, degraded_rows) -> None:
+    """Degraded sounds, where there are some, all lie on the first rank."""
     torch.manual_seed(0)
     config = dataclasses.replace(
         TINY, num_crops=num_crops, min_crop_distance=8, temporal_form=form, join_probability=0.5, crop_steps=16
@@ -198,9 +154,14 @@ def test_two_ranks_compute_the_loss_and_the_gradient_of_one(form, num_crops) -> 
     frames, waves = flashes_and_clicks(8)
     model.fit(frames, waves)
     u = hard_draws(8, config)
+    is_degraded = torch.zeros(8, dtype=torch.bool)
+    is_degraded[degraded_rows] = True
+    noise = torch.randn(8, config.num_edits, waves.shape[1], generator=torch.Generator().manual_seed(1))
+    worse = waves[:, None] + torch.tensor([0.01, 0.03, 0.1])[:, None] * noise
 
     def of(rows: Tensor) -> Callable[[Callable[[Tensor], Tensor]], Tensor]:
-        return lambda gather: sf_cavp_loss(model, frames[rows], waves[rows], u[rows], gather, config)[0]
+        degraded = Degraded(waves=worse[rows[is_degraded[rows]]], is_there=is_degraded[rows])
+        return lambda gather: sf_cavp_loss(model, frames[rows], waves[rows], u[rows], gather, config, degraded)[0]
 
     results = []
     for parts in ([torch.arange(8)], [torch.arange(0, 8, 2), torch.arange(1, 8, 2)]):
@@ -214,17 +175,6 @@ def test_two_ranks_compute_the_loss_and_the_gradient_of_one(form, num_crops) -> 
     assert two_loss == pytest.approx(one_loss, rel=1e-5)
     for name, gradient in one.items():
         torch.testing.assert_close(two[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-7)
-
-
-def test_samples_are_easy_first_and_hard_in_the_end() -> None:
-    config = dataclasses.replace(TINY, easy_samples=100, ramp_samples=100)
-    shares = [
-        draw_uniforms(generators(200), [position] * 200, config)[:, 0].mean().item() for position in (0, 100, 150, 201)
-    ]
-    assert shares[0] == shares[1] == 0
-    assert shares[2] == pytest.approx(0.5, abs=0.15)
-    assert shares[3] == 1
-    assert config.hard_from == 200
 
 
 def test_an_easy_batch_is_plain_and_gathers_the_same_shapes_as_a_hard_one() -> None:

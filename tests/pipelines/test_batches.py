@@ -220,3 +220,33 @@ def test_windows_of_all_datasets_stay_in_memory(features: Path, words: Path, mon
     for start in range(0, 210, 10):
         groups.take(find(np.arange(start, start + 10)))
     assert len(reads) == len(set(reads)) == 5
+
+
+def test_a_mixture_of_two_contracts_has_nulls_where_a_dataset_has_no_such_column(
+    features: Path, tmp_path: Path
+) -> None:
+    pairs = write_pairs(tmp_path / "pairs", num_kept=5, num_dropped=0)
+    mix = DataMix(
+        members=(
+            DataRef(location=str(features), contract=FEATURES.name, split="val"),
+            DataRef(location=str(pairs), contract=PAIRS.name, split=None),
+        ),
+        weights=(2, 1),
+    )
+    groups = RowGroups(mix, ("clip_id", "latent_mean", "loser", "loser_origin"))
+    taken = groups.take(groups.order(0).finder()(np.arange(9)))
+    rows = taken.select(["clip_id", "loser_origin"]).to_pylist()
+    is_pair = np.array([row["clip_id"].startswith("pair_") for row in rows])
+    assert is_pair.reshape(3, 3).sum(axis=1).tolist() == [1, 1, 1]
+    assert [row["loser_origin"] for row in rows] == ["candidate_0" if pair else None for pair in is_pair]
+    assert taken["latent_mean"].is_null().to_pylist() == is_pair.tolist()
+    assert taken["loser"].is_null().to_pylist() == (~is_pair).tolist()
+    own = {
+        row["clip_id"]: row["loser"] for row in Dataset.open(str(pairs), PAIRS).read(["clip_id", "loser"]).to_pylist()
+    }
+    for row, pair in zip(taken.select(["clip_id", "loser"]).to_pylist(), is_pair, strict=True):
+        assert not pair or row["loser"] == own[row["clip_id"]]
+    alone = groups.take(np.array([(0, 1), (0, 0)]))
+    assert alone.column_names == ["clip_id", "latent_mean"]
+    with pytest.raises(InputError, match="no column looser in any contract"):
+        RowGroups(mix, ("clip_id", "looser"))

@@ -11,19 +11,21 @@ import torch
 from models.policy import Policy
 from models.preference import PreferenceLossConfig
 from models.reward import Reward
+from models.sf_cavp_views import LOSS_CONFIGS
 from models.weights import load_weights
-from pipelines.data.contracts import FEATURES
+from pipelines.data.contracts import DEGRADED, FEATURES
 from pipelines.data.store import Dataset, open_files
 from pipelines.data.tables import column_to_numpy
 from pipelines.errors import InputError, StageConflict
 from pipelines.evaluation.real_pairs import real_pairs
 from pipelines.tracking import SilentTracker
 from pipelines.training.journal import read_journal
+from pipelines.training.objective import Batch, Gather
 from pipelines.training.options import Execution, LoRA, TrainingOptions
-from pipelines.training.sf_cavp_objective import decode_pictures
+from pipelines.training.sf_cavp_objective import SFCAVPTrainee, decode_pictures
 from pipelines.training.stages import Launching, train_mmdit, train_rpo, train_sf_cavp
 from tests.feature_factory import write_features, write_pairs
-from tests.world_factory import write_world
+from tests.world_factory import write_degraded, write_policy, write_world
 
 LAUNCHING = Launching(num_workers=0, track=lambda context: SilentTracker(), say=lambda line: None)
 FEW = TrainingOptions(steps=2, batch_size=4, lr=1e-3, checkpoint_every=1)
@@ -203,6 +205,88 @@ def test_sf_cavp_comes_out_calibrated_with_its_gates(world: str, tmp_path: Path)
     assert manifest["config"]["split"] == "train"
     assert "gate_r1_v2a" in manifest["metrics"]
     assert gates
+
+
+@pytest.fixture(scope="module")
+def degraded(world: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("degraded")
+    policy = write_policy(root / "policy", Path(world))
+    return str(write_degraded(root / "degraded", Path(world), policy, max_clips=4))
+
+
+@pytest.mark.slow
+def test_sf_cavp_cut_in_the_middle_learns_from_degraded_sounds_as_if_uninterrupted(
+    world: str, degraded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Easy samples, of which a run of a few steps has no others, ignore degraded sounds.
+    monkeypatch.setitem(LOSS_CONFIGS, "tiny", replace(LOSS_CONFIGS["tiny"], easy_samples=0))
+    options = replace(FEW, steps=4, batch_size=8)
+
+    def train(name: str, degraded: str | None) -> str:
+        out = str(tmp_path / name)
+        return train_sf_cavp(
+            features=world, out=out, size="tiny", options=options, launching=LAUNCHING, degraded=degraded
+        )
+
+    train("plain", None)
+    train("whole", degraded)
+    forward, steps = SFCAVPTrainee.forward, []
+
+    def dying(self: SFCAVPTrainee, batch: Batch, gather: Gather) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        steps.append(batch["is_degraded"].sum().item())
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return forward(self, batch, gather)
+
+    with monkeypatch.context() as cut:
+        cut.setattr(SFCAVPTrainee, "forward", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train("cut", degraded)
+    # Of every four samples one.
+    assert steps == [2, 2, 2, 2]
+    assert not (tmp_path / "cut" / "manifest.json").exists()
+    assert train("cut", degraded) == "resume"
+    losses = {
+        name: [record["loss"] for record in read_journal(tmp_path / name / "metrics.jsonl")]
+        for name in ("plain", "whole", "cut")
+    }
+    assert losses["cut"] == losses["whole"] != losses["plain"]
+    weights = [(tmp_path / name / "sf_cavp.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert weights[0] == weights[1]
+    manifest = open_files(str(tmp_path / "whole"), "checkpoint")[1]
+    assert manifest["inputs"]["degraded"] == Dataset.open(degraded, DEGRADED).fingerprint
+    assert manifest["config"]["degraded_every"] == 4
+    assert "degraded_every" not in open_files(str(tmp_path / "plain"), "checkpoint")[1]["config"]
+
+
+def test_degraded_sounds_that_do_not_fit_are_one_clear_line(world: str, degraded: str, tmp_path: Path) -> None:
+    policy = write_policy(tmp_path / "policy", Path(world))
+    other = write_world(tmp_path / "features", {"train": 2})
+
+    def train(degraded: object, every: int = 4) -> None:
+        train_sf_cavp(
+            features=world,
+            out=str(tmp_path / "x"),
+            size="tiny",
+            options=FEW,
+            launching=LAUNCHING,
+            degraded=str(degraded),
+            degraded_every=every,
+        )
+
+    with pytest.raises(InputError, match=r"has 2 versions a clip, SF-CAVP of size tiny takes 3: .*--num-versions 3"):
+        train(write_degraded(tmp_path / "two", Path(world), policy, num_versions=2, max_clips=1))
+    with pytest.raises(InputError, match="made of split 'val', and the training is on split 'train'"):
+        train(write_degraded(tmp_path / "val", Path(world), policy, split="val", max_clips=1))
+    with pytest.raises(InputError, match="made of other features"):
+        train(write_degraded(tmp_path / "other", other, policy, max_clips=1))
+    with pytest.raises(InputError, match="--degraded-every must be at least 2, got 1"):
+        train(degraded, every=1)
+    with pytest.raises(InputError, match="features"):
+        train(world)
+    with pytest.raises(InputError, match="does not exist or is empty"):
+        train(tmp_path / "nothing")
+    assert not (tmp_path / "x").exists()
 
 
 def test_frames_are_decoded_to_the_same_pixels_as_elsewhere(world: str) -> None:
