@@ -12,7 +12,7 @@ from jobs import cli
 from jobs.chain import Step, parse_all, run_all, seconds_of
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.study import Study
+    from pipelines.evaluation.study import Arm, Study
 
 STUDIES = Path(__file__).resolve().parent / "studies"
 NUM_CANDIDATES = 5
@@ -56,50 +56,76 @@ def main(options: Options) -> int:
 
 
 def steps(study: "Study", out: str, num_workers: int) -> list[Step]:
-    """The stages in order: a whole replicate after the other, so that a study that is cut short has whole ones."""
+    """The stages in order, so that a study that is cut short has whole replicates: one after the other, arms of only
+    some replicates last."""
     workers = ("--num-workers", str(num_workers))
-    found = [
-        _step("make_demo_world", out, f"{out}/world", *cli.flatten(dict(study.world)), *workers),
-        _step("preprocess", out, f"{out}/features", "--manifest", f"{out}/world/clips.csv", *workers),
-    ]
+    found = []
+    for world, features, flags in (("world", "features", study.world), ("m0_world", "m0_features", study.m0_world)):
+        if flags:
+            found.append(_step("make_demo_world", out, f"{out}/{world}", *cli.flatten(dict(flags)), *workers))
+            manifest = ("--manifest", f"{out}/{world}/clips.csv")
+            found.append(_step("preprocess", out, f"{out}/{features}", *manifest, *workers))
     for seed in study.seeds:
-        found += _replicate(study, out, seed, workers)
+        found += _before_the_arms(study, out, seed, workers)
+        for arm in (arm for arm in study.arms if arm.seeds == study.seeds):
+            found += _arm(study, arm, out, seed, workers)
+    for arm in (arm for arm in study.arms if arm.seeds != study.seeds):
+        for seed in arm.seeds:
+            found += _arm(study, arm, out, seed, workers)
     return found
 
 
-def _replicate(study: "Study", out: str, seed: int, workers: tuple[str, ...]) -> list[Step]:
+def _before_the_arms(study: "Study", out: str, seed: int, workers: tuple[str, ...]) -> list[Step]:
     from pipelines.evaluation.study import BASELINE, DEGRADED_FLAG
-    from pipelines.evaluation.study_folders import Replicate, policies
+    from pipelines.evaluation.study_folders import Replicate
 
     folders = Replicate(out, seed)
-    own, data = (f"--seed={seed}", *workers), ("--features", f"{out}/features")
-    judge = folders.reward(study.reward)
-
-    def scores(place: str, split: str, reward: str, policy: str, num_candidates: int) -> Step:
-        flags = (*data, "--reward", reward, "--policy", policy, f"--split={split}", *workers)
-        return _step("evaluate", out, place, *flags, f"--num-candidates={num_candidates}")
-
-    found = [_step("train_mmdit", out, folders.m0, *data, *cli.flatten(dict(study.m0)), *own)]
+    own, data = (f"--seed={seed}", *workers), _clips(out, "features")
+    found = [_step("train_mmdit", out, folders.m0, *_m0_clips(study, out), *cli.flatten(dict(study.m0)), *own)]
     if study.degrades:
         flags = ("--policy", folders.m0, *data, *cli.flatten(dict(study.degrade)))
         found.append(_step("degrade", out, folders.degraded, *flags, *own))
     for name, options in study.rewards.items():
-        reward = folders.reward(name)
         more = ("--degraded", folders.degraded) if DEGRADED_FLAG in options else ()
-        found.append(_step("train_sf_cavp", out, reward, *data, *more, *cli.flatten(dict(options)), *own))
-        found.append(scores(folders.ranked(name), "val", reward, folders.m0, NUM_CANDIDATES))
-    found.append(scores(folders.tested(BASELINE), "test", judge, folders.m0, NUM_CANDIDATES))
-    for arm in (arm for arm in study.arms if seed in arm.seeds):
-        place, flags = folders.arm(arm.name), cli.flatten(dict(arm.flags))
-        if arm.job == "train_mmdit":
-            found.append(_step(arm.job, out, place, "--init", folders.m0, *data, *flags, *own))
-        else:
-            rounds = f"--rounds={study.num_rounds(arm)}"
-            inputs = ("--policy", folders.m0, "--reward", judge, *data)
-            found.append(_step(arm.job, out, place, *inputs, *flags, rounds, "--gate=report", *own))
-        for subject, policy in policies(study, arm, place).items():
-            found.append(scores(folders.tested(subject), "test", judge, policy, 2))
+        found.append(_step("train_sf_cavp", out, folders.reward(name), *data, *more, *cli.flatten(dict(options)), *own))
+        judged = (folders.m0, folders.reward(name))
+        found.append(_scores(out, folders.ranked(name), "val", *judged, NUM_CANDIDATES, workers))
+    judged = (folders.m0, folders.reward(study.reward))
+    found.append(_scores(out, folders.tested(BASELINE), "test", *judged, NUM_CANDIDATES, workers))
     return found
+
+
+def _arm(study: "Study", arm: "Arm", out: str, seed: int, workers: tuple[str, ...]) -> list[Step]:
+    from pipelines.evaluation.study_folders import Replicate, policies
+
+    folders = Replicate(out, seed)
+    place, judge = folders.arm(arm.name), folders.reward(study.reward)
+    flags = (*cli.flatten(dict(arm.flags)), f"--seed={seed}", *workers)
+    if arm.job == "train_mmdit":
+        clips = _clips(out, "features") if arm.on_world else _m0_clips(study, out)
+        found = [_step(arm.job, out, place, "--init", folders.m0, *clips, *flags)]
+    else:
+        inputs = ("--policy", folders.m0, "--reward", judge, *_clips(out, "features"))
+        rounds = (f"--rounds={study.num_rounds(arm)}", "--gate=report")
+        found = [_step(arm.job, out, place, *inputs, *flags, *rounds)]
+    for subject, policy in policies(study, arm, place).items():
+        found.append(_scores(out, folders.tested(subject), "test", policy, judge, 2, workers))
+    return found
+
+
+def _scores(
+    out: str, place: str, split: str, policy: str, reward: str, num_candidates: int, workers: tuple[str, ...]
+) -> Step:
+    judged = (*_clips(out, "features"), "--reward", reward, "--policy", policy)
+    return _step("evaluate", out, place, *judged, f"--split={split}", f"--num-candidates={num_candidates}", *workers)
+
+
+def _clips(out: str, name: str) -> tuple[str, str]:
+    return "--features", f"{out}/{name}"
+
+
+def _m0_clips(study: "Study", out: str) -> tuple[str, str]:
+    return _clips(out, "m0_features" if study.m0_world else "features")
 
 
 def _step(job: str, out: str, place: str, *flags: str) -> Step:

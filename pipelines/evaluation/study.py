@@ -32,6 +32,8 @@ class Arm:
     flags: Flags
     seeds: tuple[int, ...]
     """Replicates that have it."""
+    on_world: bool = False
+    """Of plain flow matching: train on the clips of `Study.world`, where M_0 has clips of its own."""
 
     @property
     def subjects(self) -> tuple[str, ...]:
@@ -47,6 +49,9 @@ class Study:
     rounds: int
     """Preference rounds of an arm that says nothing else."""
     world: Flags
+    """SF-CAVP's training clips, those of the rounds, and those that are judged by."""
+    m0_world: Flags
+    """Clips of M_0's own training; empty: those of `world`."""
     seeds: tuple[int, ...]
     m0: Flags
     rewards: Mapping[str, Flags]
@@ -103,6 +108,7 @@ def _study(content: Mapping[str, Any]) -> Study:
             job=arm["job"],
             flags=dict(arm.get("flags") or {}),
             seeds=tuple(int(seed) for seed in arm.get("seeds", seeds)),
+            on_world=bool(arm.get("on_world", False)),
         )
         for name, arm in content["arms"].items()
     )
@@ -110,6 +116,7 @@ def _study(content: Mapping[str, Any]) -> Study:
         preset=str(content["preset"]),
         rounds=int(content["rounds"]),
         world=dict(content["world"]),
+        m0_world=dict(content.get("m0_world") or {}),
         seeds=seeds,
         m0=dict(content["m0"]),
         rewards={str(name): dict(flags or {}) for name, flags in content["rewards"].items()},

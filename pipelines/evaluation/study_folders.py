@@ -1,6 +1,7 @@
 """Where the cells of a study lie, and what can be read from those that are done.
 
 out/world, out/features                     shared by all replicates
+out/m0_world, out/m0_features               M_0's own training clips, where it has some
 out/seed_<s>/m0
 out/seed_<s>/degraded                       real sounds made worse by it, where a reward learns from them
 out/seed_<s>/rewards/<reward>               one SF-CAVP of each kind

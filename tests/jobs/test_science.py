@@ -27,12 +27,35 @@ def test_every_study_in_the_repository_is_a_line_of_commands_that_parse(path: Pa
 
 def test_every_input_of_a_step_is_the_output_of_an_earlier_one() -> None:
     todo = science.steps(read_study(science.STUDIES / "rpo_demo_world.yaml"), "/out", 2)
-    made = {"/out/world/clips.csv"}
+    made = {"/out/world/clips.csv", "/out/m0_world/clips.csv"}
     for step in todo:
         places = [flag for flag in step.flags if flag.startswith("/out/")][:-1]
         # A round's policy lies in the folder of its arm.
         assert all(any(place == one or place.startswith(f"{one}/round_") for one in made) for place in places), step
         made.add(step.done)
+
+
+def test_plain_flow_matching_goes_on_with_m0s_own_clips_or_with_all_and_partial_arms_come_last(tmp_path: Path) -> None:
+    content = yaml.safe_load((science.STUDIES / "rpo_demo_world.yaml").read_text())
+    content |= {"m0_world": {"num_train": 9}, "seeds": [0, 1], "compared_with": ["m0"]}
+    content["rewards"] = {"edits": {}, "ranking": {"degraded_every": 4}}
+    content["arms"] = {
+        "probe": {"job": "rpo_rounds", "flags": {"kappa": 1.0}, "seeds": [1]},
+        "longer": {"job": "train_mmdit", "flags": {"steps": 9}},
+        "more_clips": {"job": "train_mmdit", "flags": {"steps": 9}, "on_world": True},
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    todo = science.steps(read_study(path), "/out", 2)
+    flags = {step.name: " ".join(step.flags) for step in todo}
+    assert "--num-train=9" in flags["m0_world"]
+    for name in ("seed_0/m0", "seed_1/arms/longer"):
+        assert "--features /out/m0_features" in flags[name], name
+    for name in ("seed_1/arms/more_clips", "seed_0/rewards/edits", "seed_0/degraded", "seed_1/arms/probe"):
+        assert "--features /out/features" in flags[name], name
+    assert "--degraded /out/seed_1/degraded" in flags["seed_1/rewards/ranking"]
+    assert "--degraded" not in flags["seed_1/rewards/edits"]
+    assert [step.name for step in todo][-2:] == ["seed_1/arms/probe", "seed_1/test/probe"]
 
 
 def test_a_wrong_flag_of_an_arm_is_told_before_anything_runs(tmp_path: Path) -> None:
