@@ -23,7 +23,7 @@ class Options:
     """Preset of every stage."""
     rounds: int = 2
     """Preference rounds."""
-    num_train: int = 2048
+    num_train: int = 1536
     """Clips that SF-CAVP and M_0 are trained on."""
     num_rpo: int = 512
     """Clips of the preference rounds."""
