@@ -60,7 +60,7 @@ def test_plain_flow_matching_goes_on_with_m0s_own_clips_or_with_all_and_partial_
 
 def test_a_wrong_flag_of_an_arm_is_told_before_anything_runs(tmp_path: Path) -> None:
     content = yaml.safe_load((science.STUDIES / "rpo_demo_world.yaml").read_text())
-    content["arms"]["gt_vs_random"]["flags"]["kapa"] = 3
+    content["arms"]["gt_vs_worst"]["flags"]["kapa"] = 3
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(InputError, match="kapa"):
