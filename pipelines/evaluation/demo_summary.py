@@ -36,11 +36,15 @@ UPPER_BARS = {"m0_shuffled_f1": 0.25, "m0_shuffled_class_f1": 0.10}
 def demo_summary(out: str, *, rounds: int, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Gather the numbers of a finished demo.
 
-    Intervals of `m<k>_*` and `control<K>_*` are those of the values; `*_minus_m0` are paired differences.
+    Intervals of `m<k>_*` and `control<K>_*` are those of the values; `*_minus_m0`, and `*_minus_control<K>` of the last
+    round, are paired differences.
     """
     models = ["m0", *(f"m{k + 1}" for k in range(rounds)), f"control{rounds}"]
     names = ["ground_truth", "inverted", "shuffled", *models]
-    table = summarise({name: read_scores(f"{out}/scores/{name}")[0] for name in names}, baseline="m0")
+    scores = {name: read_scores(f"{out}/scores/{name}")[0] for name in names}
+    table = summarise(scores, baseline="m0")
+    last, control = models[-2:]
+    beside = summarise({name: scores[name] for name in (control, last)}, baseline=control)
     gates = read_gates(f"{out}/gates")
     values = {name: gate["value"] for name, gate in gates["gates"].items()}
     shifts = [value for name, value in values.items() if name.startswith("shift_acc_")]
@@ -61,6 +65,8 @@ def demo_summary(out: str, *, rounds: int, seconds: Mapping[str, float]) -> dict
             found |= _with_interval(f"{model}_{name}", table.estimates[model].get(metric))
             if model != "m0":
                 found |= _with_interval(f"{model}_{name}_minus_m0", table.differences[model].get(metric))
+    for metric, name in REPORTED.items():
+        found |= _with_interval(f"{last}_{name}_minus_{control}", beside.differences[last].get(metric))
     found |= {f"seconds_{name}": value for name, value in seconds.items()}
     found["seconds_total"] = round(sum(seconds.values()), 1)
     found["gate_passed"] = all(
@@ -89,10 +95,13 @@ def demo_table(summary: Mapping[str, Any]) -> str:
     changes += [
         [model, *(_cell(summary, f"{model}_{name}_minus_m0") for name in REPORTED.values())] for model in models[1:]
     ]
+    last, control = models[-2:]
+    beside = [[f"minus {control} (paired)", *REPORTED.values()]]
+    beside += [[last, *(_cell(summary, f"{last}_{name}_minus_{control}") for name in REPORTED.values())]]
     seconds = [[n.removeprefix("seconds_"), f"{v:.0f} s"] for n, v in summary.items() if n.startswith("seconds_")]
     gate = "passed" if summary["gate_passed"] else "FAILED"
     last = f"gate: no F1 falls by more than {MAX_F1_LOSS} against M_0: {gate}"
-    blocks = (align(rows), align(table), align(changes), align(seconds), [last])
+    blocks = (align(rows), align(table), align(changes), align(beside), align(seconds), [last])
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
