@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.sf_cavp import SF_CAVP_SIZES, SFCAVP, parameter_groups
 from models.sf_cavp_losses import (
+    group_shares,
     offset_loss,
     onset_weights,
     ranking_loss,
@@ -105,6 +106,19 @@ def test_an_edit_that_changed_nothing_is_not_ranked_below_its_predecessor() -> N
     assert scores.grad[0, 0] < 0  # real is better than version 2
     assert scores.grad[0, 1] < 0  # so is version 1, which is as good as real
     assert scores.grad[0, 2] > 0
+
+
+def test_degraded_samples_weigh_as_much_together_as_all_others() -> None:
+    losses = torch.tensor([1.0, 2.0, 6.0, 9.0])
+    few = torch.tensor([False, False, True, False])
+    assert (group_shares(few, identity) * losses).mean().item() == pytest.approx((1 + 2 + 9) / 3 + 6)
+    for alike in (torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)):
+        assert torch.equal(group_shares(alike, identity), torch.ones(4))
+    # Another rank has none: this one's weigh more, that one's less, and the mean over ranks is the same.
+    both = torch.cat([few, torch.zeros(4, dtype=torch.bool)])
+    here, there = (group_shares(own, lambda _: both.float()) for own in (few, both[4:]))
+    mean = ((here * losses).mean() + (there * losses).mean()) / 2
+    assert mean.item() == pytest.approx((1 + 2 + 9 + losses.sum().item()) / 7 + 6)
 
 
 def test_steady_sound_weighs_little_in_the_timing_loss() -> None:

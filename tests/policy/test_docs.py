@@ -12,7 +12,7 @@ from pipelines.data.contracts import CONTRACTS
 from tests.policy.sources import ROOT, jobs
 
 PAGES = sorted(
-    [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if p.is_file()] + list((ROOT / "docs").glob("*.md"))
+    [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if p.is_file()] + list((ROOT / "docs").rglob("*.md"))
 )
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 JOB_COMMAND = re.compile(r"python (?:jobs/(\w+)\.py|-m jobs\.(\w+))(.*)")
