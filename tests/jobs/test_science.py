@@ -25,8 +25,9 @@ def test_every_study_in_the_repository_is_a_line_of_commands_that_parse(path: Pa
     assert not [step for step in todo if step.job != "evaluate" and "test" in " ".join(step.flags).split("=")]
 
 
-def test_every_input_of_a_step_is_the_output_of_an_earlier_one() -> None:
-    todo = science.steps(read_study(science.STUDIES / "rpo_demo_world.yaml"), "/out", 2)
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_input_of_a_step_is_the_output_of_an_earlier_one(path: Path) -> None:
+    todo = science.steps(read_study(path), "/out", 2)
     made = {"/out/world/clips.csv", "/out/m0_world/clips.csv"}
     for step in todo:
         places = [flag for flag in step.flags if flag.startswith("/out/")][:-1]
