@@ -161,14 +161,14 @@ class Policy:
         network, device, count = self.network, self.network.device, noise.shape[0]
         features = network.empty_features(1) if blind else (clip_f.to(device), sync_f.to(device), text_f.to(device))
         conditions = network.preprocess_conditions(*features).expand(count)
-        guided = guidance > 1 and not blind
-        empty = network.preprocess_conditions(*network.empty_features(1)) if guided else conditions
+        guidance = 1.0 if blind else guidance
+        empty = network.preprocess_conditions(*network.empty_features(1)) if guidance > 1 else conditions
         start = start.to(device, torch.float32)
         target = self.transform.normalize(latents.to(device)).float().expand(count, -1, -1)
         point = interpolate(noise.to(device, torch.float32), target, start)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return network.guided_velocity(x, t, conditions, empty, guidance if guided else 1.0)
+            return network.guided_velocity(x, t, conditions, empty, guidance)
 
         return self.transform.unnormalize(euler_sample_from(velocity, point, start, num_steps))
 

@@ -41,6 +41,13 @@ def draw_clips(clip_ids: Sequence[str], count: int | None, lot: Callable[[str], 
     return set(clip_ids) if count is None else set(sorted(clip_ids, key=lot)[:count])
 
 
+def sampled_units(features: Dataset, split: str, count: int | None, lot: Callable[[str], int]) -> list[Unit]:
+    """Units of the `count` clips of a split with the lowest lots, or of all; a function of its arguments alone."""
+    places = clip_places(features, split)
+    every = [clip_id for members in places.values() for clip_id in members]
+    return cut_places(places, draw_clips(every, count, lot), split)
+
+
 def cut_places(
     places: Mapping[Place, Sequence[str]],
     chosen: Collection[str],

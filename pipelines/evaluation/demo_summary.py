@@ -100,8 +100,8 @@ def demo_table(summary: Mapping[str, Any]) -> str:
     beside += [[last, *(_cell(summary, f"{last}_{name}_minus_{control}") for name in REPORTED.values())]]
     seconds = [[n.removeprefix("seconds_"), f"{v:.0f} s"] for n, v in summary.items() if n.startswith("seconds_")]
     gate = "passed" if summary["gate_passed"] else "FAILED"
-    last = f"gate: no F1 falls by more than {MAX_F1_LOSS} against M_0: {gate}"
-    blocks = (align(rows), align(table), align(changes), align(beside), align(seconds), [last])
+    verdict = f"gate: no F1 falls by more than {MAX_F1_LOSS} against M_0: {gate}"
+    blocks = (align(rows), align(table), align(changes), align(beside), align(seconds), [verdict])
     return "\n\n".join("\n".join(block) for block in blocks)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from models.codec import Codec, build_codec
 from models.policy import POLICY_FILES, Policy
 from pipelines.clip_stage import fingerprint_of_policy, refuse_many_rejects
-from pipelines.data.clip_units import ClipReader, clip_places, cut_places, draw_clips
+from pipelines.data.clip_units import ClipReader, sampled_units
 from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import DEGRADED, FEATURES, REJECTS
 from pipelines.data.frames import decode_frames
@@ -225,7 +225,6 @@ def degrade(
 
 def _plan(features: Dataset, split: str, settings: DegradeSettings) -> list[Unit]:
     """Cut the clips, or a seeded sample of them, into units; a function of dataset and settings alone."""
-    places = clip_places(features, split)
-    every = [clip_id for members in places.values() for clip_id in members]
-    chosen = draw_clips(every, settings.max_clips, lambda clip_id: stable_seed(settings.seed, STAGE, clip_id))
-    return cut_places(places, chosen, split)
+    return sampled_units(
+        features, split, settings.max_clips, lambda clip_id: stable_seed(settings.seed, STAGE, clip_id)
+    )

@@ -19,7 +19,7 @@ from models.codec import build_codec
 from models.policy import POLICY_FILES, Policy
 from models.reward import Reward
 from models.spec import ClipSpec
-from pipelines.clip_stage import fingerprint_of_policy, fingerprint_of_reward
+from pipelines.clip_stage import fingerprint_of_policy, fingerprint_of_reward, refuse_many_rejects
 from pipelines.data.commits import dataset_manifest
 from pipelines.data.contracts import FEATURES, PAIRS
 from pipelines.data.pictures import require_pictures
@@ -210,12 +210,8 @@ def _pass_or_refuse(manifest: dict[str, Any], out: str, max_reject_rate: float) 
     outcomes = manifest["outcomes"]
     dropped = {name: count for name, count in outcomes.items() if name.startswith("dropped_")}
     reasons = ", ".join(f"{name.removeprefix('dropped_')} {count}" for name, count in dropped.items()) or "none"
-    clips, kept, rejects = outcomes["clips"], outcomes["kept"], outcomes["rejects"]
-    if rejects > max_reject_rate * clips:
-        raise Refused(
-            f"{out}: {rejects} of {clips} clips were rejected, more than --max-reject-rate {max_reject_rate:g}; look "
-            "at its rejects, then repair the features or raise the rate"
-        )
+    clips, kept = outcomes["clips"], outcomes["kept"]
+    refuse_many_rejects(out, max_reject_rate)
     if kept == 0:
         raise Refused(
             f"{out}: none of {clips} pairs was kept (dropped: {reasons}); look at the rewards, the reward does not "

@@ -16,7 +16,7 @@ from torch import Tensor
 from models.policy import Policy
 from models.reward import RewardScore
 from models.spec import ClipSpec
-from pipelines.data.clip_units import ClipReader, clip_places, cut_places, draw_clips
+from pipelines.data.clip_units import ClipReader, sampled_units
 from pipelines.data.contracts import PAIRS, REJECTS
 from pipelines.data.frames import decode_frames
 from pipelines.data.store import Dataset
@@ -95,14 +95,12 @@ def plan_units(features: Dataset, split: str, settings: PairSettings) -> list[Un
 
     With `max_clips` a seeded sample is taken, another one each round.
     """
-    places = clip_places(features, split)
-    every = [clip_id for members in places.values() for clip_id in members]
-    chosen = draw_clips(
-        every,
+    return sampled_units(
+        features,
+        split,
         settings.max_clips,
         lambda clip_id: stable_seed(settings.seed, "clips", settings.round_index, clip_id),
     )
-    return cut_places(places, chosen, split)
 
 
 @dataclass(frozen=True, kw_only=True)
