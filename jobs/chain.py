@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import cli
@@ -50,7 +49,7 @@ def parse_all(steps: Sequence[Step], preset: str) -> None:
 def run_all(steps: Sequence[Step], *, out: str, preset: str, num_workers: int) -> None:
     """Run what is not done yet, in one warm group of workers; leaves this process with the first exit code above 0.
 
-    `seconds.json` in `out` says how long each step took; of one that was resumed, how long its last attempt did.
+    `seconds.json` in `out` says how long each step took; nothing of one that was cut, whose seconds nobody knows.
     """
     from pipelines.cluster import connect
     from pipelines.training.workers import IDLE_CPUS, warm_workers
@@ -64,15 +63,31 @@ def run_all(steps: Sequence[Step], *, out: str, preset: str, num_workers: int) -
 
 
 def seconds_of(out: str) -> dict[str, float]:
-    """Wall seconds by step of the launch at `out`."""
-    path = Path(out) / SECONDS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Wall seconds by step of the launch at `out`, of those that ran from start to end in one attempt."""
+    return {name: seconds for name, seconds in _begun(out).items() if seconds is not None}
+
+
+def _begun(out: str) -> dict[str, float | None]:
+    """Wall seconds of every step that was begun; None while it is at work, and for good if that attempt was cut."""
+    from pipelines.data.storage import open_folder
+
+    folder = open_folder(out)
+    return json.loads(folder.read_bytes(SECONDS)) if folder.exists(SECONDS) else {}
+
+
+def _note(out: str, name: str, seconds: float | None) -> None:
+    from pipelines.data.storage import open_folder
+
+    text = json.dumps(_begun(out) | {name: seconds}, indent=1) + "\n"
+    open_folder(out).write_bytes(SECONDS, text.encode())
 
 
 def _run(step: Step, out: str, preset: str, group: "WorkerGroup") -> None:
     command = [preset, *step.flags]
     print(f"\n$ python jobs/{step.job}.py {shlex.join(command)}", flush=True)
-    was_done = step.is_done
+    begun = step.is_done or step.name in _begun(out)
+    if not begun:
+        _note(out, step.name, None)
     module: Any = importlib.import_module(f"jobs.{step.job}")
     started = time.monotonic()
     parsed = cli.parse(step.job, module.Options, command)
@@ -80,6 +95,5 @@ def _run(step: Step, out: str, preset: str, group: "WorkerGroup") -> None:
     code = run(parsed, group) if step.job in IN_THE_GROUP else run(parsed)
     if code:
         sys.exit(code)
-    if not was_done:
-        seconds = seconds_of(out) | {step.name: round(time.monotonic() - started, 1)}
-        (Path(out) / SECONDS).write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+    if not begun:
+        _note(out, step.name, round(time.monotonic() - started, 1))

@@ -7,7 +7,6 @@ Killed and started again it goes on where it was.
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from jobs import cli
 from jobs.chain import Step, run_all, seconds_of
@@ -110,6 +109,7 @@ def _label(name: str) -> str:
 
 def main(options: Options) -> int:
     """Run what is not done yet, print the table, write summary.json."""
+    from pipelines.data.storage import open_folder
     from pipelines.evaluation.demo_summary import demo_summary, demo_table
     from pipelines.tracking import open_launch
 
@@ -118,9 +118,9 @@ def main(options: Options) -> int:
     with open_launch(options.out, "demo", params=vars(options), tags={}) as launch:
         run_all(todo, out=options.out, preset=options.preset, num_workers=options.num_workers)
         summary = demo_summary(options.out, rounds=options.rounds, seconds=seconds_of(options.out))
-        text = json.dumps(summary, indent=1) + "\n"
-        (Path(options.out) / "summary.json").write_text(text, encoding="utf-8")
-        launch.document("summary.json", text.encode())
+        text = (json.dumps(summary, indent=1) + "\n").encode()
+        open_folder(options.out).write_bytes("summary.json", text)
+        launch.document("summary.json", text)
     print(demo_table(summary))
     print(f"{time.monotonic() - started:.0f} s this time; all numbers: {options.out}/summary.json")
     print(f"listen: {options.out}/report/index.html")

@@ -4,6 +4,7 @@ Every cell (an M_0, a reward, an arm, its scores) is the job of that name as a s
 killed goes on where it was, and `--table-only` makes the results at any time from what is done.
 """
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,7 +140,7 @@ def _write_results(study: "Study", options: Options, todo: list[Step]) -> str:
 
     out = options.out
     done = f"{sum(step.is_done for step in todo)} of {len(todo)} stages are done."
-    folder = Path(options.results or f"{out}/results")
+    folder = options.results or f"{out}/results"
     text = write_results(
         folder,
         done=done,
@@ -153,12 +154,12 @@ def _write_results(study: "Study", options: Options, todo: list[Step]) -> str:
 
 
 def _cost(out: str, num_workers: int) -> dict[str, float]:
-    """Worker seconds of each kind of step: the mean over replicates of wall time x workers."""
+    """Worker seconds of each kind of step: the median over replicates of wall time x workers."""
     kinds: dict[str, list[float]] = {}
     for name, seconds in seconds_of(out).items():
         kind = name.partition("/")[2] if name.startswith("seed_") else name
         kinds.setdefault(kind, []).append(seconds * num_workers)
-    return {kind: sum(values) / len(values) for kind, values in kinds.items()}
+    return {kind: statistics.median(values) for kind, values in kinds.items()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Clips of a finished dataset cut into units that a worker can read: none across a row group, each row with its place.
 
-Candidates are sampled and models are measured clip by clip from such units; both read a clip back by its place and id.
+Candidates are sampled, sounds are made worse and models are measured clip by clip from such units; each reads a clip
+back by its place and id.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.data.contracts import REJECTS, Contract
 from pipelines.data.store import Dataset
-from pipelines.data.tables import column_to_numpy
-from pipelines.data.units import Unit, unit_id
+from pipelines.data.tables import column_to_numpy, reject_row, table_from_rows
+from pipelines.data.units import Alive, Unit, unit_id
+from pipelines.errors import MediaError
 
 ROWS_PER_UNIT = 16
 """Clips committed together: what a kill can cost a worker, and the grain of sharing among workers."""
@@ -99,6 +102,32 @@ class ClipReader:
         first = unit.rows[0]
         place = Place(first["part"], first["row_group"])
         return self.read(place, {row["clip_id"] for row in unit.rows}, columns)
+
+    def rows_and_rejects(
+        self,
+        unit: Unit,
+        columns: Sequence[str],
+        row_of: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+        *,
+        contract: Contract,
+        stage: str,
+        alive: Alive,
+    ) -> tuple[pa.Table, pa.Table]:
+        """Each clip of a unit becomes a row of `contract`, or a reject of `stage` where that raises MediaError.
+
+        `row_of` gets what the unit says of the clip, then the clip's columns.
+        """
+        clips = self.read_unit(unit, columns)
+        rows, rejects = [], []
+        for wanted in unit.rows:
+            clip = clips[wanted["clip_id"]]
+            try:
+                rows.append(row_of(wanted, clip))
+            except MediaError as error:
+                rejects.append(reject_row(clip, stage, error))
+            alive()
+        spec = self._features.spec
+        return table_from_rows(rows, contract, spec), table_from_rows(rejects, REJECTS, spec)
 
 
 def _row(one: pa.Table) -> dict[str, Any]:

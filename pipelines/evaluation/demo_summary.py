@@ -37,7 +37,7 @@ def demo_summary(out: str, *, rounds: int, seconds: Mapping[str, float]) -> dict
     """Gather the numbers of a finished demo.
 
     Intervals of `m<k>_*` and `control<K>_*` are those of the values; `*_minus_m0`, and `*_minus_control<K>` of the last
-    round, are paired differences.
+    round, are paired differences. `seconds` are those of the steps that ran in one attempt; of others nobody knows.
     """
     models = ["m0", *(f"m{k + 1}" for k in range(rounds)), f"control{rounds}"]
     names = ["ground_truth", "inverted", "shuffled", *models]

@@ -13,14 +13,12 @@ from models.policy import Policy
 from models.reward import Reward, RewardScore, refused
 from models.spec import ClipSpec
 from pipelines.data.clip_units import ClipReader, Place
-from pipelines.data.contracts import REJECTS, SCORES
+from pipelines.data.contracts import SCORES
 from pipelines.data.demo_world import Event
 from pipelines.data.frames import decode_frames
 from pipelines.data.media_write import decode_flac, encode_flac
 from pipelines.data.store import Dataset
-from pipelines.data.tables import reject_row, table_from_rows
 from pipelines.data.units import Alive, Unit
-from pipelines.errors import MediaError
 from pipelines.evaluation.detector import BANDS, MatchCounts, detect, match
 from pipelines.evaluation.detector import SAMPLE_RATE_HZ as DETECTOR_RATE_HZ
 from pipelines.evaluation.metrics import MelMeasure, audio_statistics, diversity, log_mel_distance
@@ -149,24 +147,17 @@ class EvaluationWorker:
 
     def __init__(self, features: Dataset, measurer: ClipMeasurer) -> None:
         self._reader = ClipReader(features)
-        self._spec = features.spec
         self._measurer = measurer
 
     def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
         """Score rows of the unit's clips, and rejects for those whose stored media cannot be read."""
-        clips = self._reader.read_unit(unit, COLUMNS)
-        rows, rejects = [], []
-        for wanted in unit.rows:
-            clip = clips[wanted["clip_id"]]
-            try:
-                rows.append(self._measurer.row(clip, self._conditions(wanted, clip)))
-            except MediaError as error:
-                rejects.append(reject_row(clip, STAGE, error))
-            alive()
-        return table_from_rows(rows, SCORES, self._spec), table_from_rows(rejects, REJECTS, self._spec)
+        return self._reader.rows_and_rejects(unit, COLUMNS, self._row, contract=SCORES, stage=STAGE, alive=alive)
 
     def close(self) -> None:
         """Nothing to end."""
+
+    def _row(self, wanted: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
+        return self._measurer.row(clip, self._conditions(wanted, clip))
 
     def _conditions(self, wanted: dict[str, Any], clip: dict[str, Any]) -> ConditionRow:
         """The clip's own conditions, or those of the clip that the plan names as donor."""

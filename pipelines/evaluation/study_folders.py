@@ -12,17 +12,17 @@ out/results                                 tables and figures
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from pipelines.data.storage import open_folder
 from pipelines.data.store import is_finished
 from pipelines.evaluation.evaluate import measures, read_scores
 from pipelines.evaluation.scores import ClipScores
 from pipelines.evaluation.study import Arm, Study
 from pipelines.evaluation.study_results import RankingResult, ranking_result
 from pipelines.preferences.rounds import baseline_scores, round_folders
-from pipelines.training.journal import read_journal
+from pipelines.training.journal import parse_journal
 from pipelines.training.workplace import JOURNAL
 
 LAST_SHARE = 0.2
@@ -125,7 +125,7 @@ def _scores_by_round(place: str, num_rounds: int) -> Points:
 def _displacements(place: str, num_rounds: int) -> Points:
     points = []
     for index in range(num_rounds):
-        records = read_journal(Path(round_folders(place, index).policy) / JOURNAL)
+        records = parse_journal(open_folder(round_folders(place, index).policy).read_bytes(JOURNAL))
         last = records[-max(1, round(LAST_SHARE * len(records))) :]
         both = ([r[name] for r in last] for name in ("loser_displacement", "winner_displacement"))
         loser, winner = (float(np.mean([value for value in values if value is not None])) for values in both)

@@ -4,12 +4,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 
+from pipelines.data.storage import Location, open_folder
 from pipelines.evaluation.plots import COLOURS, DRAWING, new_figure, to_svg
 from pipelines.evaluation.study import BASELINE
 from pipelines.evaluation.study_results import (
@@ -29,7 +29,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def write_results(
-    folder: Path,
+    folder: Location,
     *,
     done: str,
     cells: Cells,
@@ -42,25 +42,25 @@ def write_results(
 
     `rounds` are (reward, class-aware F1) and (loser's, winner's) displacements by arm, round by round.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     text = f"{done}\n"
+    files: dict[str, str] = {}
     content: dict[str, Any] = {"done": done, "worker_seconds": dict(worker_seconds)}
     if rankings:
         text += f"\n## The reward as a ranker, on val\n\n{ranking_table(rankings)}"
         content["rankings"] = {
             n: {s: asdict(r) | {"share": r.share} for s, r in f.items()} for n, f in rankings.items()
         }
-        (folder / "best_of_n.svg").write_text(best_of_n_figure(rankings), encoding="utf-8")
+        files["best_of_n.svg"] = best_of_n_figure(rankings)
     if cells:
         numbers = StudyNumbers(cells)
         text += f"\n## The arms, on test\n\n{tables(numbers, compared_with)}"
         content |= to_json(numbers, compared_with)
-        for name, picture in _figures(numbers, *rounds).items():
-            (folder / name).write_text(picture, encoding="utf-8")
+        files |= _figures(numbers, *rounds)
     if worker_seconds:
         text += f"\n## Cost\n\n{cost_table(worker_seconds)}"
-    (folder / TABLES).write_text(text, encoding="utf-8")
-    (folder / NUMBERS).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    files |= {TABLES: text, NUMBERS: json.dumps(content, indent=1) + "\n"}
+    for name, file in files.items():
+        open_folder(folder).write_bytes(name, file.encode())
     return text
 
 
@@ -127,7 +127,7 @@ def _mean_curve(curves: Sequence[Mapping[int, float]]) -> list[tuple[float, floa
 
 
 def cost_table(worker_seconds: Mapping[str, float]) -> str:
-    """Worker seconds of each kind of step, means over replicates."""
+    """Worker seconds of each kind of step, medians over replicates."""
     rows = [[name, f"{seconds:.0f}"] for name, seconds in worker_seconds.items()]
     return "\n".join(_table(["step", "worker seconds"], rows)) + "\n"
 

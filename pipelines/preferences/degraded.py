@@ -20,12 +20,11 @@ from models.policy import POLICY_FILES, Policy
 from pipelines.clip_stage import fingerprint_of_policy, refuse_many_rejects
 from pipelines.data.clip_units import ClipReader, sampled_units
 from pipelines.data.commits import dataset_manifest
-from pipelines.data.contracts import DEGRADED, FEATURES, REJECTS
+from pipelines.data.contracts import DEGRADED, FEATURES
 from pipelines.data.frames import decode_frames
 from pipelines.data.media_write import encode_flac
 from pipelines.data.pictures import require_pictures
 from pipelines.data.store import CHECKPOINT, Dataset, open_local_files
-from pipelines.data.tables import reject_row, table_from_rows
 from pipelines.data.units import Alive, ListedUnits, Pool, Unit, run_units
 from pipelines.errors import InputError, MediaError
 from pipelines.frozen import FrozenNetworks, open_codec
@@ -91,7 +90,7 @@ class DegradeWorker:
         self, features: Dataset, policy: Policy, codec: Codec, settings: DegradeSettings, fingerprint: str
     ) -> None:
         self._reader = ClipReader(features)
-        self._spec = features.spec
+        self._rate_hz = features.spec.sample_rate_hz
         self._policy = policy
         self._codec = codec
         self._settings = settings
@@ -99,29 +98,21 @@ class DegradeWorker:
 
     def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
         """Rows and rejects of the unit; see `pipelines.data.units.UnitWorker`."""
-        rows, rejects = [], []
-        clips = self._reader.read_unit(unit, COLUMNS)
-        for clip in (clips[row["clip_id"]] for row in unit.rows):
-            try:
-                rows.append(self._row(clip))
-            except MediaError as error:
-                rejects.append(reject_row(clip, STAGE, error))
-            alive()
-        return table_from_rows(rows, DEGRADED, self._spec), table_from_rows(rejects, REJECTS, self._spec)
+        return self._reader.rows_and_rejects(unit, COLUMNS, self._row, contract=DEGRADED, stage=STAGE, alive=alive)
 
     def close(self) -> None:
         """Nothing to end."""
 
-    def _row(self, clip: dict[str, Any]) -> dict[str, Any]:
+    def _row(self, wanted: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
         # Only looked at: a row whose picture cannot be decoded would end the training that reads it.
         decode_frames(clip["frames"])
-        clip_id, rate_hz = clip["clip_id"], self._spec.sample_rate_hz
+        clip_id = clip["clip_id"]
         starts, seeds = self._settings.starts_of(clip_id), self._settings.noise_seeds(clip_id)
         truth = torch.from_numpy(clip["latent_mean"])[None]
         versions = self._versions(clip, truth, starts, seeds)
         if not bool(torch.isfinite(versions).all()):
             raise MediaError("nonfinite", "the policy made latents that are not finite")
-        audio, *worse = (encode_flac(wave, rate_hz) for wave in self._decoded(torch.cat([truth, versions])))
+        audio, *worse = (encode_flac(wave, self._rate_hz) for wave in self._decoded(torch.cat([truth, versions])))
         return {
             "clip_id": clip_id,
             "frames": clip["frames"],

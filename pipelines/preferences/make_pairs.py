@@ -17,12 +17,11 @@ from models.policy import Policy
 from models.reward import RewardScore
 from models.spec import ClipSpec
 from pipelines.data.clip_units import ClipReader, sampled_units
-from pipelines.data.contracts import PAIRS, REJECTS
+from pipelines.data.contracts import PAIRS
 from pipelines.data.frames import decode_frames
 from pipelines.data.store import Dataset
-from pipelines.data.tables import reject_row, table_from_rows
 from pipelines.data.units import Alive, Unit
-from pipelines.errors import InputError, MediaError
+from pipelines.errors import InputError
 from pipelines.preferences.candidates import ConditionRow, Sampling, candidate_seeds, sample_candidates
 from pipelines.preferences.distortions import distort
 from pipelines.preferences.pairs import (
@@ -197,20 +196,14 @@ class PairWorker:
         """`lineage` holds the columns policy, reward_model and round."""
         self._maker = maker
         self._reader = ClipReader(features)
-        self._spec = features.spec
         self._lineage = lineage
 
     def process(self, unit: Unit, alive: Alive) -> tuple[pa.Table, pa.Table]:
         """Rows and rejects of the unit; see `pipelines.data.units.UnitWorker`."""
-        rows, rejects = [], []
-        clips = self._reader.read_unit(unit, COLUMNS)
-        for clip in (clips[row["clip_id"]] for row in unit.rows):
-            try:
-                rows.append({**self._maker.row(clip), **self._lineage})
-            except MediaError as error:
-                rejects.append(reject_row(clip, STAGE, error))
-            alive()
-        return table_from_rows(rows, PAIRS, self._spec), table_from_rows(rejects, REJECTS, self._spec)
+        return self._reader.rows_and_rejects(unit, COLUMNS, self._row, contract=PAIRS, stage=STAGE, alive=alive)
 
     def close(self) -> None:
         """Nothing to end."""
+
+    def _row(self, wanted: dict[str, Any], clip: dict[str, Any]) -> dict[str, Any]:
+        return {**self._maker.row(clip), **self._lineage}
