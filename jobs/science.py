@@ -135,7 +135,7 @@ def _step(job: str, out: str, place: str, *flags: str) -> Step:
 
 def _write_results(study: "Study", options: Options, todo: list[Step]) -> str:
     """Tables and figures from the cells that are done; returns the tables as text."""
-    from pipelines.evaluation.study_folders import read_cells, read_rankings, read_rounds
+    from pipelines.evaluation.study_folders import read_cells, read_rankings, read_rounds, read_val_cells
     from pipelines.evaluation.study_page import write_results
 
     out = options.out
@@ -145,10 +145,12 @@ def _write_results(study: "Study", options: Options, todo: list[Step]) -> str:
         folder,
         done=done,
         cells=read_cells(study, out),
+        val_cells=read_val_cells(study, out),
         rankings=read_rankings(study, out),
         rounds=read_rounds(study, out),
         worker_seconds=_cost(out, options.num_workers),
         compared_with=study.compared_with,
+        claims=study.claims,
     )
     return f"{text}\ntables and figures: {folder}"
 

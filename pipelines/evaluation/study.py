@@ -64,6 +64,8 @@ class Study:
     arms: tuple[Arm, ...]
     compared_with: tuple[str, ...]
     """Subjects that every other one is compared with in the tables."""
+    claims: tuple[tuple[str, str], ...] = ()
+    """The comparisons that the study was made for, subject and reference: a short table of their own."""
 
     @property
     def subjects(self) -> tuple[str, ...]:
@@ -124,6 +126,7 @@ def _study(content: Mapping[str, Any]) -> Study:
         reward=str(content["reward"]),
         arms=arms,
         compared_with=tuple(str(name) for name in content["compared_with"]),
+        claims=tuple((str(subject), str(reference)) for subject, reference in content.get("claims") or ()),
     )
 
 
@@ -132,7 +135,8 @@ def _check(study: Study, path: Path) -> None:
     wrong += [
         f"arm {a.name}: seeds {a.seeds} beyond {study.seeds}" for a in study.arms if set(a.seeds) - {*study.seeds}
     ]
-    wrong += [f"compared_with: no subject {name!r}" for name in study.compared_with if name not in study.subjects]
+    named = {"compared_with": study.compared_with, "claims": [name for claim in study.claims for name in claim]}
+    wrong += [f"{key}: no subject {n!r}" for key, names in named.items() for n in names if n not in study.subjects]
     if study.reward not in study.rewards:
         wrong.append(f"reward: {study.reward!r} is not among {list(study.rewards)}")
     if len(set(study.subjects)) < len(study.subjects) or not study.seeds:

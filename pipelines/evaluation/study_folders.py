@@ -19,7 +19,7 @@ from pipelines.data.storage import open_folder
 from pipelines.data.store import is_finished
 from pipelines.evaluation.evaluate import measures, read_scores
 from pipelines.evaluation.scores import ClipScores
-from pipelines.evaluation.study import Arm, Study
+from pipelines.evaluation.study import BASELINE, Arm, Study
 from pipelines.evaluation.study_results import RankingResult, ranking_result
 from pipelines.preferences.rounds import baseline_scores, round_folders
 from pipelines.training.journal import parse_journal
@@ -80,6 +80,17 @@ def read_cells(study: Study, out: str) -> dict[str, dict[int, ClipScores]]:
     return found
 
 
+def read_val_cells(study: Study, out: str) -> dict[str, dict[int, ClipScores]]:
+    """Scores on val of M_0 and of what every arm of rounds that is done ended with: what a decision may read."""
+    found: dict[str, dict[int, ClipScores]] = {}
+    for arm in _arms_of_rounds(study):
+        for seed, place in _done(arm, out).items():
+            found.setdefault(BASELINE, {}).setdefault(seed, read_scores(baseline_scores(place))[0])
+            last = round_folders(place, study.num_rounds(arm) - 1).scores
+            found.setdefault(arm.name, {})[seed] = read_scores(last)[0]
+    return found
+
+
 def read_rankings(study: Study, out: str) -> dict[str, dict[int, RankingResult]]:
     """How well every reward that is done ranks, by kind and replicate."""
     found: dict[str, dict[int, RankingResult]] = {}
@@ -99,13 +110,22 @@ def read_rounds(study: Study, out: str) -> tuple[dict[str, Points], dict[str, Po
     """
     scored: dict[str, Points] = {}
     moved: dict[str, Points] = {}
-    for arm in (arm for arm in study.arms if arm.job == "rpo_rounds"):
-        places = [Replicate(out, seed).arm(arm.name) for seed in arm.seeds]
-        places = [place for place in places if is_finished(place)]
+    for arm in _arms_of_rounds(study):
+        places = list(_done(arm, out).values())
         if places:
             scored[arm.name] = _mean([_scores_by_round(place, study.num_rounds(arm)) for place in places])
             moved[arm.name] = _mean([_displacements(place, study.num_rounds(arm)) for place in places])
     return scored, moved
+
+
+def _arms_of_rounds(study: Study) -> list[Arm]:
+    return [arm for arm in study.arms if arm.job == "rpo_rounds"]
+
+
+def _done(arm: Arm, out: str) -> dict[int, str]:
+    """Folder of an arm by replicate, where it is done."""
+    places = {seed: Replicate(out, seed).arm(arm.name) for seed in arm.seeds}
+    return {seed: place for seed, place in places.items() if is_finished(place)}
 
 
 def policies(study: Study, arm: Arm, place: str) -> dict[str, str]:

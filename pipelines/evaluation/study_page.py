@@ -24,6 +24,7 @@ from pipelines.evaluation.study_results import (
 from pipelines.evaluation.tables import number
 
 ARROWS = {"up": "↑", "down": "↓"}
+CLAIMED_METRICS = ("class_f1", "frechet", "diversity")
 TABLES, NUMBERS = "tables.md", "results.json"
 Points = Sequence[tuple[float, float]]
 
@@ -33,10 +34,12 @@ def write_results(
     *,
     done: str,
     cells: Cells,
+    val_cells: Cells,
     rankings: Mapping[str, Mapping[int, RankingResult]],
     rounds: tuple[Mapping[str, Points], Mapping[str, Points]],
     worker_seconds: Mapping[str, float],
     compared_with: Sequence[str],
+    claims: Sequence[tuple[str, str]],
 ) -> str:
     """Write `tables.md`, `results.json` and the figures of a study, whole or in part; returns the tables.
 
@@ -51,8 +54,11 @@ def write_results(
             n: {s: asdict(r) | {"share": r.share} for s, r in f.items()} for n, f in rankings.items()
         }
         files["best_of_n.svg"] = best_of_n_figure(rankings)
+    if val_cells:
+        text += f"\n## The arms, on val, where decisions are made\n\n{tables(StudyNumbers(val_cells), (BASELINE,))}"
     if cells:
         numbers = StudyNumbers(cells)
+        text += f"\n## The claims, on test\n\n{claims_table(numbers, claims)}" if claims else ""
         text += f"\n## The arms, on test\n\n{tables(numbers, compared_with)}"
         content |= to_json(numbers, compared_with)
         files |= _figures(numbers, *rounds)
@@ -79,7 +85,7 @@ def tables(numbers: StudyNumbers, compared_with: Sequence[str]) -> str:
     """Values of every subject, then differences from each reference."""
     titles = [f"{metric_named(m).title} {ARROWS[metric_named(m).better]}" for m in TABLE_METRICS]
     lines = [
-        f"{numbers.num_clips} test clips. Mean over replicates [95 % interval over clips] ± standard deviation over",
+        f"{numbers.num_clips} clips. Mean over replicates [95 % interval over clips] ± standard deviation over",
         "replicates; in differences **bold** where the interval leaves out zero and every replicate has the same sign.",
         "",
         *_table(
@@ -98,6 +104,20 @@ def tables(numbers: StudyNumbers, compared_with: Sequence[str]) -> str:
         ]
         lines += ["", f"Minus {reference}, paired by clip and replicate:", "", *_table(["subject", *titles], rows)]
     return "\n".join(lines) + "\n"
+
+
+def claims_table(numbers: StudyNumbers, claims: Sequence[tuple[str, str]]) -> str:
+    """The comparisons that the study was made for, of those that have a replicate in common."""
+    metrics = [metric_named(name) for name in CLAIMED_METRICS]
+    rows = [
+        [
+            f"{subject} minus {reference}",
+            *(_difference_cell(numbers.difference(subject, reference, m.name)) for m in metrics),
+        ]
+        for subject, reference in claims
+        if set(numbers.cells.get(subject, ())) & set(numbers.cells.get(reference, ()))
+    ]
+    return "\n".join(_table(["", *(f"{m.title} {ARROWS[m.better]}" for m in metrics)], rows)) + "\n"
 
 
 def ranking_table(found: Mapping[str, Mapping[int, RankingResult]]) -> str:

@@ -56,6 +56,7 @@ def test_a_subject_is_the_policy_that_its_last_round_left(tmp_path: Path) -> Non
     [
         ({"reward": "other"}, "'other'"),
         ({"compared_with": ["nobody"]}, "'nobody'"),
+        ({"claims": [["rpo", "somebody"]]}, "'somebody'"),
         ({"arms": {"a": {"job": "preprocess"}}, "compared_with": []}, "'preprocess'"),
         ({"arms": {"a": {"job": "rpo_rounds", "seeds": [4]}}, "compared_with": []}, "seeds"),
         ({"arms": {"m0": {"job": "rpo_rounds"}}, "compared_with": []}, "one name"),

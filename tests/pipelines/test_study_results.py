@@ -96,12 +96,16 @@ def test_the_results_of_an_unfinished_study_are_written_from_what_is_done(tmp_pa
         rankings={"plain": {0: ranking_result(cells["m0"][0])}},
         rounds=({"arm": [(0.0, 0.5), (0.2, 0.6)]}, {"arm": [(0.1, -0.1)]}),
         worker_seconds={"m0": 12.0},
+        val_cells={"m0": cells["m0"]},
         compared_with=("m0", "control"),
+        claims=(("arm", "m0"), ("arm", "control")),
     )
     assert text == (tmp_path / "tables.md").read_text()
     assert "7 of 9 stages" in text
     assert "Minus m0" in text
     assert "Minus control" not in text
+    assert "arm minus m0" in text
+    assert "arm minus control" not in text
     content = json.loads((tmp_path / "results.json").read_text())
     expected = StudyNumbers(cells).value("arm", "class_f1").mean.value
     assert content["values"]["arm"]["class_f1"]["mean"]["value"] == pytest.approx(expected)
@@ -117,6 +121,8 @@ def test_without_a_finished_cell_only_the_count_is_written(tmp_path: Path) -> No
         rankings={},
         rounds=({}, {}),
         worker_seconds={},
+        val_cells={},
         compared_with=("m0",),
+        claims=(),
     )
     assert text == "0 of 9 stages are done.\n"
