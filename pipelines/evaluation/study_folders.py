@@ -106,7 +106,8 @@ def read_rounds(study: Study, out: str) -> tuple[dict[str, Points], dict[str, Po
     """Of every arm of rounds that is done, means over replicates, round by round.
 
     Returns:
-        (reward, class-aware F1) on val, of M_0 and after each round; (loser's, winner's) displacement at each end.
+        (reward, class-aware F1) on val minus M_0's, of M_0 and after each round: arms of other replicates start at the
+        same point; (loser's, winner's) displacement at each end.
     """
     scored: dict[str, Points] = {}
     moved: dict[str, Points] = {}
@@ -139,7 +140,8 @@ def policies(study: Study, arm: Arm, place: str) -> dict[str, str]:
 def _scores_by_round(place: str, num_rounds: int) -> Points:
     places = [baseline_scores(place), *(round_folders(place, index).scores for index in range(num_rounds))]
     found = [measures(scores) for scores in places]
-    return [(values["reward"], values["class_f1"]) for values in found]
+    points = [(values["reward"], values["class_f1"]) for values in found]
+    return [(reward - points[0][0], f1 - points[0][1]) for reward, f1 in points]
 
 
 def _displacements(place: str, num_rounds: int) -> Points:

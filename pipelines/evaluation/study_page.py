@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from pipelines.data.storage import Location, open_folder
 from pipelines.evaluation.plots import COLOURS, DRAWING, new_figure, to_svg
@@ -25,6 +26,8 @@ from pipelines.evaluation.tables import number
 
 ARROWS = {"up": "↑", "down": "↓"}
 CLAIMED_METRICS = ("class_f1", "frechet", "diversity")
+MARKERS = "o^sDv"
+LEGEND_COLUMNS, LEGEND_ROW_INCHES = 3, 0.17
 TABLES, NUMBERS = "tables.md", "results.json"
 Points = Sequence[tuple[float, float]]
 
@@ -43,7 +46,7 @@ def write_results(
 ) -> str:
     """Write `tables.md`, `results.json` and the figures of a study, whole or in part; returns the tables.
 
-    `rounds` are (reward, class-aware F1) and (loser's, winner's) displacements by arm, round by round.
+    `rounds` are (reward, class-aware F1) minus M_0's and (loser's, winner's) displacements by arm, round by round.
     """
     text = f"{done}\n"
     files: dict[str, str] = {}
@@ -76,7 +79,7 @@ def _figures(numbers: StudyNumbers, scored: Mapping[str, Points], moved: Mapping
     return {
         "frontier.svg": frontier_figure(numbers, BASELINE, "frechet", "class_f1"),
         "diversity.svg": frontier_figure(numbers, BASELINE, "diversity", "class_f1"),
-        "reward_and_f1.svg": lines_figure(scored, "reward R", "class-aware F1", on_val),
+        "reward_and_f1.svg": lines_figure(scored, "reward R minus M_0's", "class-aware F1 minus M_0's", on_val),
         "displacement.svg": lines_figure(moved, "loser's displacement", "winner's displacement", at_end),
     }
 
@@ -171,12 +174,13 @@ def frontier_figure(numbers: StudyNumbers, reference: str, other: str, wanted: s
                 y.mean.value,
                 xerr=[[x.mean.value - x.mean.lo], [x.mean.hi - x.mean.value]],
                 yerr=[[y.mean.value - y.mean.lo], [y.mean.hi - y.mean.value]],
-                fmt="o",
+                linestyle="none",
+                elinewidth=0.8,
                 markersize=4,
-                linewidth=0.8,
-                color=COLOURS[index % len(COLOURS)],
+                label=subject,
+                **_look(index),
             )
-            axes.annotate(subject, (x.mean.value, y.mean.value), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    _add_legend(figure, len(numbers.cells))
     return to_svg(figure)
 
 
@@ -186,10 +190,25 @@ def lines_figure(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: st
     with matplotlib.rc_context(DRAWING):
         for index, (name, points) in enumerate(lines.items()):
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, marker="o", markersize=4, linewidth=1, color=COLOURS[index % len(COLOURS)], label=name)
-        if lines:
-            figure.legend(frameon=False, loc="outside lower center", ncols=3)
+            axes.plot(x, y, markersize=4, linewidth=1, label=name, **_look(index))
+            if all(value == int(value) for value in x):
+                axes.set_xticks(x)
+    if lines:
+        _add_legend(figure, len(lines))
     return to_svg(figure)
+
+
+def _add_legend(figure: Figure, num_names: int) -> None:
+    """Below the axes, which keep their height however many names there are."""
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + LEGEND_ROW_INCHES * math.ceil(num_names / LEGEND_COLUMNS))
+    with matplotlib.rc_context(DRAWING):
+        figure.legend(frameon=False, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7, columnspacing=1.0)
+
+
+def _look(index: int) -> dict[str, str]:
+    """Colour and marker of the index-th of many."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index // len(COLOURS) % len(MARKERS)]}
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
