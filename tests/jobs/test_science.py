@@ -38,7 +38,7 @@ def test_every_input_of_a_step_is_the_output_of_an_earlier_one(path: Path) -> No
 
 def test_plain_flow_matching_goes_on_with_m0s_own_clips_or_with_all_and_partial_arms_come_last(tmp_path: Path) -> None:
     content = yaml.safe_load((science.STUDIES / "rpo_demo_world.yaml").read_text())
-    content |= {"m0_world": {"num_train": 9}, "seeds": [0, 1], "compared_with": ["m0"]}
+    content |= {"m0_world": {"num_train": 9}, "seeds": [0, 1], "compared_with": ["m0"], "claims": []}
     content["rewards"] = {"edits": {}, "ranking": {"degraded_every": 4}}
     content["arms"] = {
         "probe": {"job": "rpo_rounds", "flags": {"kappa": 1.0}, "seeds": [1]},

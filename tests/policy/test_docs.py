@@ -86,6 +86,22 @@ def test_the_datasets_page_is_what_the_contracts_say():
     assert contract_docs.with_generated(page) == page, "run make docs"
 
 
+def sections(text):
+    """Body by heading of second level."""
+    return {
+        part.partition("\n")[0]: part.partition("\n")[2].strip() for part in re.split(r"^## ", text, flags=re.M)[1:]
+    }
+
+
+@pytest.mark.parametrize("folder", sorted(p for p in (ROOT / "docs" / "results").iterdir() if p.is_dir()), ids=str)
+def test_a_results_page_shows_the_tables_that_were_made(folder):
+    page = sections(folder.with_suffix(".md").read_text())
+    made = sections((folder / "tables.md").read_text())
+    shown = [heading for heading in made if heading in page]
+    assert len(shown) >= 3
+    assert not [heading for heading in shown if made[heading] not in page[heading]]
+
+
 def test_every_target_but_help_and_clean_sets_up_first():
     text = (ROOT / "Makefile").read_text()
     rules = dict(re.findall(r"^([a-z][a-z-]*): ?([^#\n]*)", text, re.MULTILINE))
