@@ -58,11 +58,14 @@ def write_results(
         }
         files["best_of_n.svg"] = best_of_n_figure(rankings)
     if val_cells:
-        text += f"\n## The arms, on val, where decisions are made\n\n{tables(StudyNumbers(val_cells), (BASELINE,))}"
+        on_val = StudyNumbers(val_cells)
+        text += f"\n## The arms, on val, where decisions are made\n\n{values_table(on_val)}"
+        text += difference_tables(on_val, (BASELINE,))
     if cells:
         numbers = StudyNumbers(cells)
         text += f"\n## The claims, on test\n\n{claims_table(numbers, claims)}" if claims else ""
-        text += f"\n## The arms, on test\n\n{tables(numbers, compared_with)}"
+        text += f"\n## The arms, on test\n\n{values_table(numbers)}"
+        text += f"\n## The arms on test, each minus others\n{difference_tables(numbers, compared_with)}"
         content |= to_json(numbers, compared_with)
         files |= _figures(numbers, *rounds)
     if worker_seconds:
@@ -84,43 +87,52 @@ def _figures(numbers: StudyNumbers, scored: Mapping[str, Points], moved: Mapping
     }
 
 
-def tables(numbers: StudyNumbers, compared_with: Sequence[str]) -> str:
-    """Values of every subject, then differences from each reference."""
-    titles = [f"{metric_named(m).title} {ARROWS[metric_named(m).better]}" for m in TABLE_METRICS]
+def values_table(numbers: StudyNumbers) -> str:
+    """Values of every subject, after what the cells mean."""
     lines = [
         f"{numbers.num_clips} clips. Mean over replicates [95 % interval over clips] ± standard deviation over",
         "replicates; in differences **bold** where the interval leaves out zero and every replicate has the same sign.",
         "",
         *_table(
-            ["subject", "replicates", *titles],
+            ["subject", "replicates", *_titles(TABLE_METRICS)],
             [
                 [s, str(len(numbers.cells[s])), *(_cell(numbers.value(s, m)) for m in TABLE_METRICS)]
                 for s in numbers.cells
             ],
         ),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def difference_tables(numbers: StudyNumbers, compared_with: Sequence[str]) -> str:
+    """Differences of every subject from each reference that is done."""
+    lines: list[str] = []
     for reference in (name for name in compared_with if name in numbers.cells):
         rows = [
             [s, *(_difference_cell(numbers.difference(s, reference, m)) for m in TABLE_METRICS)]
             for s in numbers.cells
             if s != reference
         ]
-        lines += ["", f"Minus {reference}, paired by clip and replicate:", "", *_table(["subject", *titles], rows)]
+        lines += [
+            "",
+            f"Minus {reference}, paired by clip and replicate:",
+            "",
+            *_table(["subject", *_titles(TABLE_METRICS)], rows),
+        ]
     return "\n".join(lines) + "\n"
 
 
 def claims_table(numbers: StudyNumbers, claims: Sequence[tuple[str, str]]) -> str:
     """The comparisons that the study was made for, of those that have a replicate in common."""
-    metrics = [metric_named(name) for name in CLAIMED_METRICS]
     rows = [
         [
             f"{subject} minus {reference}",
-            *(_difference_cell(numbers.difference(subject, reference, m.name)) for m in metrics),
+            *(_difference_cell(numbers.difference(subject, reference, m)) for m in CLAIMED_METRICS),
         ]
         for subject, reference in claims
         if set(numbers.cells.get(subject, ())) & set(numbers.cells.get(reference, ()))
     ]
-    return "\n".join(_table(["", *(f"{m.title} {ARROWS[m.better]}" for m in metrics)], rows)) + "\n"
+    return "\n".join(_table(["", *_titles(CLAIMED_METRICS)], rows)) + "\n"
 
 
 def ranking_table(found: Mapping[str, Mapping[int, RankingResult]]) -> str:
@@ -213,6 +225,10 @@ def _look(index: int) -> dict[str, str]:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _titles(metrics: Sequence[str]) -> list[str]:
+    return [f"{metric_named(name).title} {ARROWS[metric_named(name).better]}" for name in metrics]
 
 
 def _cell(result: Result) -> str:
