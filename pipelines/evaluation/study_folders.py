@@ -11,6 +11,7 @@ out/seed_<s>/test/<subject>                 the table's scores
 out/results                                 tables and figures
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,10 +74,9 @@ def read_cells(study: Study, out: str) -> dict[str, dict[int, ClipScores]]:
     """Scores on test of every subject and replicate that are done, in the study's order."""
     found: dict[str, dict[int, ClipScores]] = {}
     for subject in study.subjects:
-        places = {seed: Replicate(out, seed).tested(subject) for seed in study.seeds_of(subject)}
-        done = {seed: read_scores(place)[0] for seed, place in places.items() if is_finished(place)}
-        if done:
-            found[subject] = done
+        places = _finished(out, study.seeds_of(subject), lambda folders, name=subject: folders.tested(name))
+        if places:
+            found[subject] = {seed: read_scores(place)[0] for seed, place in places.items()}
     return found
 
 
@@ -85,7 +85,8 @@ def read_val_cells(study: Study, out: str) -> dict[str, dict[int, ClipScores]]:
     found: dict[str, dict[int, ClipScores]] = {}
     for arm in _arms_of_rounds(study):
         for seed, place in _done(arm, out).items():
-            found.setdefault(BASELINE, {}).setdefault(seed, read_scores(baseline_scores(place))[0])
+            if seed not in found.setdefault(BASELINE, {}):
+                found[BASELINE][seed] = read_scores(baseline_scores(place))[0]
             last = round_folders(place, study.num_rounds(arm) - 1).scores
             found.setdefault(arm.name, {})[seed] = read_scores(last)[0]
     return found
@@ -95,10 +96,9 @@ def read_rankings(study: Study, out: str) -> dict[str, dict[int, RankingResult]]
     """How well every reward that is done ranks, by kind and replicate."""
     found: dict[str, dict[int, RankingResult]] = {}
     for reward in study.rewards:
-        places = {seed: Replicate(out, seed).ranked(reward) for seed in study.seeds}
-        done = {seed: ranking_result(read_scores(place)[0]) for seed, place in places.items() if is_finished(place)}
-        if done:
-            found[reward] = done
+        places = _finished(out, study.seeds, lambda folders, name=reward: folders.ranked(name))
+        if places:
+            found[reward] = {seed: ranking_result(read_scores(place)[0]) for seed, place in places.items()}
     return found
 
 
@@ -125,7 +125,12 @@ def _arms_of_rounds(study: Study) -> list[Arm]:
 
 def _done(arm: Arm, out: str) -> dict[int, str]:
     """Folder of an arm by replicate, where it is done."""
-    places = {seed: Replicate(out, seed).arm(arm.name) for seed in arm.seeds}
+    return _finished(out, arm.seeds, lambda folders: folders.arm(arm.name))
+
+
+def _finished(out: str, seeds: Sequence[int], place_of: Callable[[Replicate], str]) -> dict[int, str]:
+    """A folder of each replicate, where it is finished."""
+    places = {seed: place_of(Replicate(out, seed)) for seed in seeds}
     return {seed: place for seed, place in places.items() if is_finished(place)}
 
 

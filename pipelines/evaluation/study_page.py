@@ -71,8 +71,9 @@ def write_results(
     if worker_seconds:
         text += f"\n## Cost\n\n{cost_table(worker_seconds)}"
     files |= {TABLES: text, NUMBERS: json.dumps(content, indent=1) + "\n"}
+    place = open_folder(folder)
     for name, file in files.items():
-        open_folder(folder).write_bytes(name, file.encode())
+        place.write_bytes(name, file.encode())
     return text
 
 
@@ -130,7 +131,7 @@ def claims_table(numbers: StudyNumbers, claims: Sequence[tuple[str, str]]) -> st
             *(_difference_cell(numbers.difference(subject, reference, m)) for m in CLAIMED_METRICS),
         ]
         for subject, reference in claims
-        if set(numbers.cells.get(subject, ())) & set(numbers.cells.get(reference, ()))
+        if numbers.shared(subject, reference)
     ]
     return "\n".join(_table(["", *_titles(CLAIMED_METRICS)], rows)) + "\n"
 
@@ -218,7 +219,7 @@ def _add_legend(figure: Figure, num_names: int) -> None:
         figure.legend(frameon=False, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7, columnspacing=1.0)
 
 
-def _look(index: int) -> dict[str, str]:
+def _look(index: int) -> dict[str, Any]:
     """Colour and marker of the index-th of many."""
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index // len(COLOURS) % len(MARKERS)]}
 

@@ -58,9 +58,13 @@ class StudyNumbers:
 
     def difference(self, subject: str, reference: str, metric: str) -> Result | None:
         """Subject minus reference, paired by clip and replicate; None where they share no replicate."""
-        shared = [seed for seed in self.cells[subject] if seed in self.cells.get(reference, {})]
+        shared = self.shared(subject, reference)
         pairs = {seed: self._difference(subject, reference, seed, metric_named(metric)) for seed in shared}
         return _result(pairs) if pairs else None
+
+    def shared(self, subject: str, reference: str) -> list[int]:
+        """The replicates that both have; of a subject that is not there, none."""
+        return [seed for seed in self.cells.get(subject, {}) if seed in self.cells.get(reference, {})]
 
     def _difference(self, subject: str, reference: str, seed: int, metric: Metric) -> np.ndarray:
         sides = [(self.cells[side][seed], self._of(side, seed, metric.name)) for side in (subject, reference)]

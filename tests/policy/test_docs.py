@@ -88,9 +88,8 @@ def test_the_datasets_page_is_what_the_contracts_say():
 
 def sections(text):
     """Body by heading of second level."""
-    return {
-        part.partition("\n")[0]: part.partition("\n")[2].strip() for part in re.split(r"^## ", text, flags=re.M)[1:]
-    }
+    parts = (part.partition("\n") for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:])
+    return {heading: body.strip() for heading, _, body in parts}
 
 
 @pytest.mark.parametrize("folder", sorted(p for p in (ROOT / "docs" / "results").iterdir() if p.is_dir()), ids=str)
