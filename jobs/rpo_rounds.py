@@ -41,8 +41,9 @@ class Options(PolicyTrainingOptions):
     """Winner against loser, as in generate_preferences."""
     mixture: tuple[str, ...] = ("gt_vs_worst=0.5", "best_vs_worst=0.25", "gt_vs_distorted=0.25")
     """Probabilities of the modes for --mode mixed, drawn for each pair."""
-    margin: float = 0.5
-    """Least difference of the rewards of winner and loser, in z-units of real pairs."""
+    margin: tuple[float, ...] = (0.5,)
+    """Least difference of the rewards of winner and loser, in z-units of real pairs: one for all rounds, or one a round.
+    4 0.5 goes from easy pairs to hard ones."""
     num_candidates: int = 5
     """Sounds sampled a clip."""
     num_steps: int = 25
@@ -107,6 +108,10 @@ class Options(PolicyTrainingOptions):
     gpus_per_worker: Literal[0, 1] | None = None
     """GPUs of a worker; None: one where the cluster has so many now. Give 1 on a cluster that grows from nothing."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        cli.require(len(self.margin) > 0, "give --margin one number, or one a round")
+
 
 def main(options: Options, group: "WorkerGroup | None" = None) -> int:
     """Run the launch, in `group` if there is one; or print its plan."""
@@ -157,13 +162,14 @@ def _settings(options: Options) -> "RoundSettings":
         pairs=PairSettings(
             mode=options.mode,
             mixture=options.mixture,
-            margin=options.margin,
+            margin=options.margin[0],
             num_candidates=options.num_candidates,
             sampling=sampling,
             seed=options.seed,
             round_index=0,
             max_clips=options.max_clips,
         ),
+        later_margins=options.margin[1:],
         training=PreferenceTraining(
             options=options.training(),
             loss=PreferenceLossConfig(

@@ -67,6 +67,9 @@ class RoundSettings:
 
     num_rounds: int
     pairs: PairSettings
+    """Those of the first round."""
+    later_margins: tuple[float, ...] = ()
+    """The margin of each round after the first; empty: that of the first throughout."""
     training: PreferenceTraining
     evaluation: EvaluationSettings
     limits: GateLimits
@@ -76,12 +79,24 @@ class RoundSettings:
     def __post_init__(self) -> None:
         if self.num_rounds < 1:
             raise InputError(f"--rounds must be at least 1, got {self.num_rounds}")
+        if self.later_margins and len(self.later_margins) != self.num_rounds - 1:
+            given = 1 + len(self.later_margins)
+            raise InputError(f"--margin has {given} numbers for --rounds {self.num_rounds}; give one, or one a round")
+        for index in range(self.num_rounds):
+            self.pairs_of(index)
         if self.evaluation.num_candidates < 2:
             raise InputError("--eval-candidates must be at least 2: the gate looks at the diversity among them")
 
+    def pairs_of(self, round_index: int) -> PairSettings:
+        """The settings of a round's pairs; raises InputError where they cannot be."""
+        margins = (self.pairs.margin, *self.later_margins)
+        return replace(self.pairs, round_index=round_index, margin=margins[min(round_index, len(margins) - 1)])
+
     def affecting_bytes(self) -> dict[str, Any]:
         """The fields as JSON values, for the fingerprint."""
+        later = {"later_margins": list(self.later_margins)} if self.later_margins else {}
         return {
+            **later,
             "num_rounds": self.num_rounds,
             "pairs": self.pairs.affecting_bytes(),
             "training": self.training.affecting_bytes(),
@@ -136,7 +151,7 @@ class PipelineStages:
         """See `RoundStages`."""
         generate_pairs(
             replace(self._inputs, policy=policy),
-            replace(self._settings.pairs, round_index=round_index),
+            self._settings.pairs_of(round_index),
             out=out,
             pool=self._pool,
             max_reject_rate=self._resources.max_reject_rate,

@@ -128,6 +128,18 @@ def test_a_strict_gate_ends_the_launch_with_the_policy_before_each_time(world: P
     assert not (out / "round_1").exists()
 
 
+def test_margins_go_from_easy_to_hard_where_each_round_has_its_own(world: Path, launch: Path, tmp_path: Path) -> None:
+    def margins(place: Path) -> list[float]:
+        kept = Dataset.open(str(place), PAIRS).read(["margin", "drop_reason"])
+        return sorted(row["margin"] for row in kept.to_pylist() if row["drop_reason"] is None)
+
+    *_, third, second, first = margins(launch / "round_0/pairs")
+    least = (third + second) / 2
+    main(options(world, tmp_path / "rpo", margin=(least, 0.0)))
+    assert margins(tmp_path / "rpo/round_0/pairs") == [second, first]
+    assert margins(tmp_path / "rpo/round_1/pairs")[0] < least
+
+
 def test_a_dry_run_prints_plan_and_cost_and_touches_nothing(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +160,8 @@ def test_a_dry_run_prints_plan_and_cost_and_touches_nothing(
         ({"split": "train"}, "no clips of split 'train'"),
         ({"eval_candidates": 1}, "--eval-candidates"),
         ({"rounds": 0}, "--rounds"),
+        ({"margin": (4.0, 1.0, 0.0)}, "--margin has 3 numbers for --rounds 2"),
+        ({"margin": (0.0, -1.0)}, "--margin"),
         ({"reward": "/nowhere"}, "/nowhere"),
     ],
 )
