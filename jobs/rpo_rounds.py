@@ -42,8 +42,8 @@ class Options(PolicyTrainingOptions):
     mixture: tuple[str, ...] = ("gt_vs_worst=0.5", "best_vs_worst=0.25", "gt_vs_distorted=0.25")
     """Probabilities of the modes for --mode mixed, drawn for each pair."""
     margin: tuple[float, ...] = (0.5,)
-    """Least difference of the rewards of winner and loser, in z-units of real pairs: one for all rounds, or one a round.
-    4 0.5 goes from easy pairs to hard ones."""
+    """Least difference of the rewards of winner and loser, in z-units of real pairs: one for all rounds, or one a
+    round (4 0.5 goes from easy pairs to hard ones)."""
     num_candidates: int = 5
     """Sounds sampled a clip."""
     num_steps: int = 25
