@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from models.spec import SPECS, ClipSpec
 from pipelines.data.commits import commit_unit, dataset_manifest
-from pipelines.data.contracts import FEATURES, MEASURED, PAIRS, REJECTS, Contract
+from pipelines.data.contracts import FEATURES, PAIRS, REJECTS, Contract
+from pipelines.data.measured import MEASURED
 from pipelines.data.storage import open_folder
 from pipelines.data.tables import table_from_rows
 from pipelines.data.units import Unit

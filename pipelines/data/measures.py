@@ -38,7 +38,7 @@ def measure_clip(
     frame_rate_hz: float,
     source: SourceFormat = UNKNOWN_SOURCE,
 ) -> dict[str, Any]:
-    """Everything that `contracts.MEASURED` names, of one clip; deterministic.
+    """Everything that `measured.MEASURED` names, of one clip; deterministic.
 
     Args:
         wave: float32 [S] in [-1, 1].

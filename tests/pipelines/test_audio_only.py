@@ -10,9 +10,10 @@ from models.spec import SPECS
 from pipelines.curation.curate import curate, plan_curation
 from pipelines.curation.measure import measure
 from pipelines.curation.report import ReportSettings
-from pipelines.data.contracts import FEATURES, MEASURED
+from pipelines.data.contracts import FEATURES
 from pipelines.data.decoding import Decoder
 from pipelines.data.ingest import Sources, gather_entries
+from pipelines.data.measured import MEASURED
 from pipelines.data.media_write import decode_flac
 from pipelines.data.preprocess import preprocess
 from pipelines.data.preprocess_settings import PreprocessSettings

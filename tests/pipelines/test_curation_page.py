@@ -12,8 +12,9 @@ from PIL import Image
 from models.spec import SPECS
 from pipelines.curation.page import CurationPage, Example, Section, Spread, shown
 from pipelines.curation.report import PAGE, ReportSettings, contact_sheet, write_report
-from pipelines.data.contracts import FEATURES, MEASURED, MEASURES
+from pipelines.data.contracts import FEATURES, MEASURES
 from pipelines.data.demo_world import render_clip
+from pipelines.data.measured import MEASURED
 from pipelines.data.storage import open_folder
 from pipelines.data.store import Dataset
 from pipelines.data.tables import table_from_rows

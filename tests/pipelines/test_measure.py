@@ -11,8 +11,9 @@ from pipelines.curation.measure import MeasureWorker, measure
 from pipelines.curation.report import PAGE, ReportSettings
 from pipelines.data.clip_units import row_group_units
 from pipelines.data.commits import done_units
-from pipelines.data.contracts import FEATURES, MEASURED, MEASURES
+from pipelines.data.contracts import FEATURES, MEASURES
 from pipelines.data.frames import decode_frames
+from pipelines.data.measured import MEASURED
 from pipelines.data.media_write import decode_flac
 from pipelines.data.storage import open_folder
 from pipelines.data.store import CHECKPOINT, Dataset, open_files

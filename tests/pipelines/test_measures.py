@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from pipelines.data.contracts import MEASURED
 from pipelines.data.demo_world import FRAME_RATE_HZ, SAMPLE_RATE_HZ, render_clip
+from pipelines.data.measured import MEASURED
 from pipelines.data.measures import CutFinder, SourceFormat, loudness_lufs, measure_clip, measure_picture, measure_sound
 
 
