@@ -182,17 +182,10 @@ def frontier_figure(numbers: StudyNumbers, reference: str, other: str, wanted: s
             x, y = (numbers.difference(subject, reference, metric) for metric in (other, wanted))
             if x is None or y is None:
                 continue
-            axes.errorbar(
-                x.mean.value,
-                y.mean.value,
-                xerr=[[x.mean.value - x.mean.lo], [x.mean.hi - x.mean.value]],
-                yerr=[[y.mean.value - y.mean.lo], [y.mean.hi - y.mean.value]],
-                linestyle="none",
-                elinewidth=0.8,
-                markersize=4,
-                label=subject,
-                **_look(index),
-            )
+            look = _look(index)
+            axes.plot(x.mean.value, y.mean.value, linestyle="none", markersize=5, label=subject, **look)
+            axes.hlines(y.mean.value, x.mean.lo, x.mean.hi, color=look["color"], linewidth=0.8)
+            axes.vlines(x.mean.value, y.mean.lo, y.mean.hi, color=look["color"], linewidth=0.8)
     _add_legend(figure, len(numbers.cells))
     return to_svg(figure)
 
