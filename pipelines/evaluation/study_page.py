@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -30,6 +30,8 @@ MARKERS = "o^sDv"
 LEGEND_COLUMNS, LEGEND_ROW_INCHES = 3, 0.17
 TABLES, NUMBERS = "tables.md", "results.json"
 Points = Sequence[tuple[float, float]]
+Looks = Mapping[str, Mapping[str, Any]]
+"""How matplotlib draws each name."""
 
 
 def write_results(
@@ -80,11 +82,12 @@ def write_results(
 def _figures(numbers: StudyNumbers, scored: Mapping[str, Points], moved: Mapping[str, Points]) -> dict[str, str]:
     on_val = "On val, M_0 and after each round; means over replicates"
     at_end = "At the end of each round; means over replicates"
+    looks = _looks(name for name in (*numbers.cells, *scored, *moved) if name != BASELINE)
     return {
-        "frontier.svg": frontier_figure(numbers, BASELINE, "frechet", "class_f1"),
-        "diversity.svg": frontier_figure(numbers, BASELINE, "diversity", "class_f1"),
-        "reward_and_f1.svg": lines_figure(scored, "reward R minus M_0's", "class-aware F1 minus M_0's", on_val),
-        "displacement.svg": lines_figure(moved, "loser's displacement", "winner's displacement", at_end),
+        "frontier.svg": frontier_figure(numbers, BASELINE, "frechet", "class_f1", looks),
+        "diversity.svg": frontier_figure(numbers, BASELINE, "diversity", "class_f1", looks),
+        "reward_and_f1.svg": lines_figure(scored, "reward R minus M_0's", "class-aware F1 minus M_0's", on_val, looks),
+        "displacement.svg": lines_figure(moved, "loser's displacement", "winner's displacement", at_end, looks),
     }
 
 
@@ -155,7 +158,8 @@ def best_of_n_figure(found: Mapping[str, Mapping[int, RankingResult]]) -> str:
     curves = {name: _mean_curve([result.picked for result in by_seed.values()]) for name, by_seed in found.items()}
     oracles = [result.oracle for by_seed in found.values() for result in by_seed.values()]
     lines = {**curves, "independent score": _mean_curve(oracles)}
-    return lines_figure(lines, "candidates", "class-aware F1", "Best of n on val; means over replicates")
+    title = "Best of n on val; means over replicates"
+    return lines_figure(lines, "candidates", "class-aware F1", title, _looks(lines))
 
 
 def _mean_curve(curves: Sequence[Mapping[int, float]]) -> list[tuple[float, float]]:
@@ -168,7 +172,7 @@ def cost_table(worker_seconds: Mapping[str, float]) -> str:
     return "\n".join(_table(["step", "worker seconds"], rows)) + "\n"
 
 
-def frontier_figure(numbers: StudyNumbers, reference: str, other: str, wanted: str) -> str:
+def frontier_figure(numbers: StudyNumbers, reference: str, other: str, wanted: str, looks: Looks) -> str:
     """Each subject's change of `wanted` against its change of `other` from the reference, as SVG."""
     figure, axes = new_figure(
         f"{metric_named(other).title} minus {reference}",
@@ -178,11 +182,11 @@ def frontier_figure(numbers: StudyNumbers, reference: str, other: str, wanted: s
     with matplotlib.rc_context(DRAWING):
         axes.axhline(0, color="#5b6675", linewidth=0.7)
         axes.axvline(0, color="#5b6675", linewidth=0.7)
-        for index, subject in enumerate(name for name in numbers.cells if name != reference):
+        for subject in (name for name in numbers.cells if name != reference):
             x, y = (numbers.difference(subject, reference, metric) for metric in (other, wanted))
             if x is None or y is None:
                 continue
-            look = _look(index)
+            look = looks[subject]
             axes.plot(x.mean.value, y.mean.value, linestyle="none", markersize=5, label=subject, **look)
             axes.hlines(y.mean.value, x.mean.lo, x.mean.hi, color=look["color"], linewidth=0.8)
             axes.vlines(x.mean.value, y.mean.lo, y.mean.hi, color=look["color"], linewidth=0.8)
@@ -190,13 +194,15 @@ def frontier_figure(numbers: StudyNumbers, reference: str, other: str, wanted: s
     return to_svg(figure)
 
 
-def lines_figure(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, title: str) -> str:
+def lines_figure(
+    lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, title: str, looks: Looks
+) -> str:
     """One line of points a name, marked from the first to the last, as SVG."""
     figure, axes = new_figure(x_label, y_label, title)
     with matplotlib.rc_context(DRAWING):
-        for index, (name, points) in enumerate(lines.items()):
+        for name, points in lines.items():
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, markersize=4, linewidth=1, label=name, **_look(index))
+            axes.plot(x, y, markersize=4, linewidth=1, label=name, **looks[name])
             if all(value == int(value) for value in x):
                 axes.set_xticks(x)
     if lines:
@@ -212,9 +218,12 @@ def _add_legend(figure: Figure, num_names: int) -> None:
         figure.legend(frameon=False, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7, columnspacing=1.0)
 
 
-def _look(index: int) -> dict[str, Any]:
-    """Colour and marker of the index-th of many."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index // len(COLOURS) % len(MARKERS)]}
+def _looks(names: Iterable[str]) -> Looks:
+    """A colour and a marker of its own for each name, the same in every figure."""
+    return {
+        name: {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index // len(COLOURS) % len(MARKERS)]}
+        for index, name in enumerate(dict.fromkeys(names))
+    }
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
