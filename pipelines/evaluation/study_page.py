@@ -194,9 +194,7 @@ def frontier_figure(numbers: StudyNumbers, reference: str, other: str, wanted: s
     return to_svg(figure)
 
 
-def lines_figure(
-    lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, title: str, looks: Looks
-) -> str:
+def lines_figure(lines: Mapping[str, Points], x_label: str, y_label: str, title: str, looks: Looks) -> str:
     """One line of points a name, marked from the first to the last, as SVG."""
     figure, axes = new_figure(x_label, y_label, title)
     with matplotlib.rc_context(DRAWING):

@@ -130,8 +130,8 @@ def test_a_strict_gate_ends_the_launch_with_the_policy_before_each_time(world: P
 
 def test_margins_go_from_easy_to_hard_where_each_round_has_its_own(world: Path, launch: Path, tmp_path: Path) -> None:
     def margins(place: Path) -> list[float]:
-        kept = Dataset.open(str(place), PAIRS).read(["margin", "drop_reason"])
-        return sorted(row["margin"] for row in kept.to_pylist() if row["drop_reason"] is None)
+        pairs = Dataset.open(str(place), PAIRS).read(["margin", "kept"])
+        return sorted(row["margin"] for row in pairs.to_pylist() if row["kept"])
 
     *_, third, second, first = margins(launch / "round_0/pairs")
     least = (third + second) / 2
