@@ -44,7 +44,7 @@ check: lint ## lint and the policy tests
 test: $(STAMP) ## the tests, at most 15 minutes on 2 cores
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP) ## the remaining kills, servers, browsers and end-to-end runs, at most 45 minutes
+test-slow: $(STAMP) ## the remaining kills, servers, browsers and end-to-end runs, at most 45 minutes and 15 GiB of disk
 	$(BIN)/python -m pytest --durations=20 -m "(slow or browser) and not gpu and not weights"
 
 fuzz: $(STAMP) ## 10,000 mutated media files through preprocess: no crash, no hang, no lost clip

@@ -226,19 +226,17 @@ def test_at_true_size_a_clip_becomes_features_pairs_a_step_scores_and_sound(
     """Random weights of the published shapes; MULTISOUNDGEN_CLIP names a video of 8 s to use instead of ours."""
     given = os.environ.get("MULTISOUNDGEN_CLIP")
     clip = None if given is None else Path(given)
-    shared = write_full_size(tmp_path / "published", "small_16k")
+    published = tmp_path / "published"
     with capsys.disabled():
-        line = Line(tmp_path / "small", "small_16k", shared, job_apart, clip)
+        line = Line(tmp_path / "small", "small_16k", write_full_size(published, "small_16k"), job_apart, clip)
+        shutil.rmtree(published)
         line.preprocess()
         policy = line.round()
         line.evaluate(policy)
         if given is None:
             check_features(line)
-        for role in ("network", "vae", "vocoder"):
-            Path(shared[role]).unlink()
-        own = write_full_size(tmp_path / "published", "small_44k", ("network", "vae", "vocoder"))
-        shutil.rmtree(line.m0)
-        line = Line(tmp_path / "wide", "small_44k", {**shared, **own}, job_apart, clip)
+        shutil.rmtree(line.folder)
+        line = Line(tmp_path / "wide", "small_44k", write_full_size(published, "small_44k"), job_apart, clip)
         wave, rate_hz = sound_of(line.generate(line.m0, line.clip, "--prompt", "a bell", "--offload"))
         assert rate_hz == 44_100
         assert np.isfinite(wave).all()

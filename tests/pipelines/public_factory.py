@@ -1,5 +1,6 @@
 """Files as their publishers give them, of tiny networks: the published names, extra keys and weight norm."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,11 @@ def write_narrow(folder: Path) -> dict[str, str]:
 
 def write_full_size(folder: Path, size: str, roles: Sequence[str] = tuple(FILE_NAMES)) -> dict[str, str]:
     """The same at the true shapes of a named size: 6 GB, of which CLIP is 4."""
+    free_gib = shutil.disk_usage(folder.parent).free / 2**30
+    # These files, what they are imported into, and some for the tests beside: a full disk would fail those as well.
+    assert free_gib > 15, (
+        f"{folder.parent} has {free_gib:.1f} GiB of free disk and 15 are needed: free some or set TMPDIR"
+    )
     spec = SPEC_OF_SIZE[size]
     return write_published(folder, SIZES[size], VAE_SIZES[spec], VOCODER_SIZES[spec], SYNCHFORMER, CLIP_VIT_H_14, roles)
 
