@@ -101,7 +101,7 @@ class Options(PolicyTrainingOptions):
     max_mel_distance_rise: float = 0.10
     """Gate: the log-mel distance to the real sound may rise by less than this share."""
     max_frechet_rise: float = 0.50
-    """Gate: the Frechet distance may rise by less than this share."""
+    """Gate: the Frechet distance to the real sounds after the codec may rise by less than this share."""
     num_workers: NumWorkers = 2
     """Ray Train workers that train and sample; a range, as 2:8, goes on with those that are there; 0 works in this
     process without Ray."""

@@ -77,7 +77,7 @@ def steps(study: "Study", out: str, num_workers: int) -> list[Step]:
 
 
 def _before_the_arms(study: "Study", out: str, seed: int, workers: tuple[str, ...]) -> list[Step]:
-    from pipelines.evaluation.study import BASELINE, DEGRADED_FLAG
+    from pipelines.evaluation.study import BASELINE, CODEC, DEGRADED_FLAG
     from pipelines.evaluation.study_folders import Replicate
 
     folders = Replicate(out, seed)
@@ -91,8 +91,10 @@ def _before_the_arms(study: "Study", out: str, seed: int, workers: tuple[str, ..
         found.append(_step("train_sf_cavp", out, folders.reward(name), *data, *more, *cli.flatten(dict(options)), *own))
         judged = (folders.m0, folders.reward(name))
         found.append(_scores(out, folders.ranked(name), "val", *judged, NUM_CANDIDATES, workers))
-    judged = (folders.m0, folders.reward(study.reward))
-    found.append(_scores(out, folders.tested(BASELINE), "test", *judged, NUM_CANDIDATES, workers))
+    judge = folders.reward(study.reward)
+    found.append(_scores(out, folders.tested(BASELINE), "test", folders.m0, judge, NUM_CANDIDATES, workers))
+    flags = (*data, "--reward", judge, "--subject=inverted", "--split=test", *workers)
+    found.append(_step("evaluate", out, folders.tested(CODEC), *flags))
     return found
 
 

@@ -17,6 +17,7 @@ REPORTED = {
     "reward_temporal": "temporal",
     "f1": "f1",
     "class_f1": "class_f1",
+    "frechet_codec": "frechet_codec",
     "frechet": "frechet",
     "diversity": "diversity",
 }
@@ -41,7 +42,8 @@ def demo_summary(out: str, *, rounds: int, seconds: Mapping[str, float]) -> dict
     """
     models = ["m0", *(f"m{k + 1}" for k in range(rounds)), f"control{rounds}"]
     names = ["ground_truth", "inverted", "shuffled", *models]
-    scores = {name: read_scores(f"{out}/scores/{name}")[0] for name in names}
+    alone = {name: read_scores(f"{out}/scores/{name}")[0] for name in names}
+    scores = {name: one.beside_codec(alone["inverted"]) for name, one in alone.items()}
     table = summarise(scores, baseline="m0")
     last, control = models[-2:]
     beside = summarise({name: scores[name] for name in (control, last)}, baseline=control)

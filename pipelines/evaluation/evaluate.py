@@ -162,6 +162,11 @@ def _clip_scores(dataset: Dataset) -> ClipScores:
     return ClipScores.from_table(dataset.read(columns))
 
 
-def measures(location: str) -> dict[str, float]:
-    """The value of each metric of a finished evaluation, by name; a metric that it does not have is absent."""
-    return point_values(read_scores(location)[0])
+def measures(location: str, codec: str | None = None) -> dict[str, float]:
+    """The value of each metric of a finished evaluation, by name; a metric that it does not have is absent.
+
+    `codec`: an evaluation of the same real sounds after the codec, for the distance to those. Raises InputError as
+    `read_scores` does, or where the two are not of the same clips.
+    """
+    scores = read_scores(location)[0]
+    return point_values(scores if codec is None else scores.beside_codec(read_scores(codec)[0]))

@@ -57,6 +57,11 @@ class _Subject:
         """Whether these are the scores of the real sounds."""
         return self.dataset.manifest["config"]["subject"] == "ground_truth"
 
+    @property
+    def is_codec(self) -> bool:
+        """Whether these are the scores of the real sounds after the codec."""
+        return self.dataset.manifest["config"]["subject"] == "inverted"
+
 
 def write_report(
     features: str,
@@ -77,6 +82,9 @@ def write_report(
     dataset = Dataset.open(features, FEATURES)
     subjects = [_open(label, place, dataset) for label, place in zip(settings.labels, scores, strict=True)]
     by_label = {subject.label: subject.scores for subject in subjects}
+    codec = next((subject.scores for subject in subjects if subject.is_codec), None)
+    if codec is not None:
+        by_label = {label: one.beside_codec(codec) for label, one in by_label.items()}
     summary = summarise(by_label, num_resamples=settings.num_resamples)
     clip_ids = choose_clips(subjects[0].scores.clip_ids, settings.num_clips, settings.clip_ids)
 

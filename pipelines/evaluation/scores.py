@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -24,6 +24,8 @@ class ClipScores:
     """Audio statistics of the scored sound, float64 [clips, D]."""
     truth_statistics: np.ndarray
     """The same of the real sound."""
+    codec_statistics: np.ndarray | None = None
+    """The same of the real sound after the codec, once `beside_codec` has joined them."""
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Self:
@@ -46,6 +48,14 @@ class ClipScores:
             statistics=np.array(table["statistics"].to_pylist(), np.float64),
             truth_statistics=np.array(table["truth_statistics"].to_pylist(), np.float64),
         )
+
+    def beside_codec(self, codec: "ClipScores") -> Self:
+        """These scores and, for distances, the statistics of an evaluation of the real sounds after the codec.
+
+        Raises InputError where that is not of exactly the same clips.
+        """
+        check_same_clips({"those given": self, "those of the codec": codec})
+        return replace(self, codec_statistics=codec.statistics)
 
     @property
     def num_clips(self) -> int:

@@ -17,6 +17,8 @@ from pipelines.errors import InputError
 ArmJob = Literal["rpo_rounds", "train_mmdit"]
 """Preference rounds from M_0, or plain flow matching on from it."""
 BASELINE = "m0"
+CODEC = "codec"
+"""The subject that is no model: the real sounds after the codec, the best that any model on it can reach."""
 CONTROL_SUFFIX = "_control"
 DEGRADED_FLAG = "degraded_every"
 Flags = Mapping[str, Any]
@@ -69,8 +71,8 @@ class Study:
 
     @property
     def subjects(self) -> tuple[str, ...]:
-        """M_0 and what came out of every arm, in the order of the file."""
-        return (BASELINE, *(subject for arm in self.arms for subject in arm.subjects))
+        """M_0, what came out of every arm, in the order of the file, and the real sounds after the codec."""
+        return (BASELINE, *(subject for arm in self.arms for subject in arm.subjects), CODEC)
 
     @property
     def degrades(self) -> bool:

@@ -20,7 +20,7 @@ from pipelines.data.storage import open_folder
 from pipelines.data.store import is_finished
 from pipelines.evaluation.evaluate import measures, read_scores
 from pipelines.evaluation.scores import ClipScores
-from pipelines.evaluation.study import BASELINE, Arm, Study
+from pipelines.evaluation.study import BASELINE, CODEC, Arm, Study
 from pipelines.evaluation.study_results import RankingResult, ranking_result
 from pipelines.preferences.rounds import baseline_scores, round_folders
 from pipelines.training.journal import parse_journal
@@ -71,13 +71,17 @@ class Replicate:
 
 
 def read_cells(study: Study, out: str) -> dict[str, dict[int, ClipScores]]:
-    """Scores on test of every subject and replicate that are done, in the study's order."""
+    """Scores on test of every subject and replicate that are done, in the study's order, beside the codec's."""
     found: dict[str, dict[int, ClipScores]] = {}
     for subject in study.subjects:
         places = _finished(out, study.seeds_of(subject), lambda folders, name=subject: folders.tested(name))
         if places:
             found[subject] = {seed: read_scores(place)[0] for seed, place in places.items()}
-    return found
+    codec = found.get(CODEC, {})
+    return {
+        subject: {seed: one.beside_codec(codec[seed]) if seed in codec else one for seed, one in by_seed.items()}
+        for subject, by_seed in found.items()
+    }
 
 
 def read_val_cells(study: Study, out: str) -> dict[str, dict[int, ClipScores]]:

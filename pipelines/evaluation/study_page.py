@@ -25,7 +25,7 @@ from pipelines.evaluation.study_results import (
 from pipelines.evaluation.tables import number
 
 ARROWS = {"up": "↑", "down": "↓"}
-CLAIMED_METRICS = ("class_f1", "frechet", "diversity")
+CLAIMED_METRICS = ("class_f1", "frechet_codec", "frechet", "diversity")
 MARKERS = "o^sDv"
 LEGEND_COLUMNS, LEGEND_ROW_INCHES = 3, 0.17
 TABLES, NUMBERS = "tables.md", "results.json"
@@ -84,7 +84,7 @@ def _figures(numbers: StudyNumbers, scored: Mapping[str, Points], moved: Mapping
     at_end = "At the end of each round; means over replicates"
     looks = _looks(name for name in (*numbers.cells, *scored, *moved) if name != BASELINE)
     return {
-        "frontier.svg": frontier_figure(numbers, BASELINE, "frechet", "class_f1", looks),
+        "frontier.svg": frontier_figure(numbers, BASELINE, "frechet_codec", "class_f1", looks),
         "diversity.svg": frontier_figure(numbers, BASELINE, "diversity", "class_f1", looks),
         "reward_and_f1.svg": lines_figure(scored, "reward R minus M_0's", "class-aware F1 minus M_0's", on_val, looks),
         "displacement.svg": lines_figure(moved, "loser's displacement", "winner's displacement", at_end, looks),
@@ -93,16 +93,14 @@ def _figures(numbers: StudyNumbers, scored: Mapping[str, Points], moved: Mapping
 
 def values_table(numbers: StudyNumbers) -> str:
     """Values of every subject, after what the cells mean."""
+    metrics = _known_metrics(numbers)
     lines = [
         f"{numbers.num_clips} clips. Mean over replicates [95 % interval over clips] ± standard deviation over",
         "replicates; in differences **bold** where the interval leaves out zero and every replicate has the same sign.",
         "",
         *_table(
-            ["subject", "replicates", *_titles(TABLE_METRICS)],
-            [
-                [s, str(len(numbers.cells[s])), *(_cell(numbers.value(s, m)) for m in TABLE_METRICS)]
-                for s in numbers.cells
-            ],
+            ["subject", "replicates", *_titles(metrics)],
+            [[s, str(len(numbers.cells[s])), *(_cell(numbers.value(s, m)) for m in metrics)] for s in numbers.cells],
         ),
     ]
     return "\n".join(lines) + "\n"
@@ -110,10 +108,11 @@ def values_table(numbers: StudyNumbers) -> str:
 
 def difference_tables(numbers: StudyNumbers, compared_with: Sequence[str]) -> str:
     """Differences of every subject from each reference that is done."""
+    metrics = _known_metrics(numbers)
     lines: list[str] = []
     for reference in (name for name in compared_with if name in numbers.cells):
         rows = [
-            [s, *(_difference_cell(numbers.difference(s, reference, m)) for m in TABLE_METRICS)]
+            [s, *(_difference_cell(numbers.difference(s, reference, m)) for m in metrics)]
             for s in numbers.cells
             if s != reference
         ]
@@ -121,7 +120,7 @@ def difference_tables(numbers: StudyNumbers, compared_with: Sequence[str]) -> st
             "",
             f"Minus {reference}, paired by clip and replicate:",
             "",
-            *_table(["subject", *_titles(TABLE_METRICS)], rows),
+            *_table(["subject", *_titles(metrics)], rows),
         ]
     return "\n".join(lines) + "\n"
 
@@ -190,7 +189,7 @@ def frontier_figure(numbers: StudyNumbers, reference: str, other: str, wanted: s
             axes.plot(x.mean.value, y.mean.value, linestyle="none", markersize=5, label=subject, **look)
             axes.hlines(y.mean.value, x.mean.lo, x.mean.hi, color=look["color"], linewidth=0.8)
             axes.vlines(x.mean.value, y.mean.lo, y.mean.hi, color=look["color"], linewidth=0.8)
-    _add_legend(figure, len(numbers.cells))
+    _add_legend(figure)
     return to_svg(figure)
 
 
@@ -203,13 +202,15 @@ def lines_figure(lines: Mapping[str, Points], x_label: str, y_label: str, title:
             axes.plot(x, y, markersize=4, linewidth=1, label=name, **looks[name])
             if all(value == int(value) for value in x):
                 axes.set_xticks(x)
-    if lines:
-        _add_legend(figure, len(lines))
+    _add_legend(figure)
     return to_svg(figure)
 
 
-def _add_legend(figure: Figure, num_names: int) -> None:
-    """Below the axes, which keep their height however many names there are."""
+def _add_legend(figure: Figure) -> None:
+    """Below the axes, which keep their height however many names were drawn."""
+    num_names = len(figure.axes[0].get_legend_handles_labels()[1])
+    if num_names == 0:
+        return
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + LEGEND_ROW_INCHES * math.ceil(num_names / LEGEND_COLUMNS))
     with matplotlib.rc_context(DRAWING):
@@ -228,11 +229,17 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
+def _known_metrics(numbers: StudyNumbers) -> list[str]:
+    return [m for m in TABLE_METRICS if any(numbers.value(subject, m) for subject in numbers.cells)]
+
+
 def _titles(metrics: Sequence[str]) -> list[str]:
     return [f"{metric_named(name).title} {ARROWS[metric_named(name).better]}" for name in metrics]
 
 
-def _cell(result: Result) -> str:
+def _cell(result: Result | None) -> str:
+    if result is None:
+        return "-"
     spread = "" if math.isnan(result.spread) else f" ± {result.spread:.3f}"
     return number(result.mean) + spread
 

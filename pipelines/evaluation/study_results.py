@@ -17,7 +17,7 @@ from pipelines.evaluation.ranking_quality import best_of_n, within_clip_correlat
 from pipelines.evaluation.scores import ClipScores, check_same_clips
 from pipelines.evaluation.summary import METRICS, Metric, paired_difference
 
-TABLE_METRICS = ("class_f1", "f1", "frechet", "reward", "log_mel_distance", "diversity", "fm_loss")
+TABLE_METRICS = ("class_f1", "f1", "frechet_codec", "frechet", "reward", "log_mel_distance", "diversity", "fm_loss")
 """What the tables show, the first the one that decides."""
 NUM_RESAMPLES = 1000
 Cells = Mapping[str, Mapping[int, ClipScores]]
@@ -52,15 +52,14 @@ class StudyNumbers:
         self._weights = resampling_weights(self.num_clips, num_resamples, seed)
         self._values: dict[tuple[str, int, str], np.ndarray] = {}
 
-    def value(self, subject: str, metric: str) -> Result:
-        """A metric of a subject."""
+    def value(self, subject: str, metric: str) -> Result | None:
+        """A metric of a subject; None where no replicate has it."""
         return _result({seed: self._of(subject, seed, metric) for seed in self.cells[subject]})
 
     def difference(self, subject: str, reference: str, metric: str) -> Result | None:
-        """Subject minus reference, paired by clip and replicate; None where they share no replicate."""
+        """Subject minus reference, paired by clip and replicate; None where no replicate has both."""
         shared = self.shared(subject, reference)
-        pairs = {seed: self._difference(subject, reference, seed, metric_named(metric)) for seed in shared}
-        return _result(pairs) if pairs else None
+        return _result({seed: self._difference(subject, reference, seed, metric_named(metric)) for seed in shared})
 
     def shared(self, subject: str, reference: str) -> list[int]:
         """The replicates that both have; of a subject that is not there, none."""
@@ -81,7 +80,10 @@ class StudyNumbers:
         return self._weights[: metric.max_resamples + 1]
 
 
-def _result(values: Mapping[int, np.ndarray]) -> Result:
+def _result(values: Mapping[int, np.ndarray]) -> Result | None:
+    values = {seed: rows for seed, rows in values.items() if math.isfinite(rows[0])}
+    if not values:
+        return None
     points = {seed: float(rows[0]) for seed, rows in values.items()}
     spread = float(np.std(list(points.values()), ddof=1)) if len(points) > 1 else math.nan
     return Result(mean=estimate(np.mean(list(values.values()), axis=0)), by_seed=points, spread=spread)

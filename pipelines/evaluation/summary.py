@@ -65,7 +65,7 @@ class Summary:
     @property
     def cautions(self) -> tuple[str, ...]:
         """What a reader of the table must know, in whole sentences."""
-        if self.num_clips >= FRECHET_CLIPS or all(m.name != "frechet" for m in self.metrics):
+        if self.num_clips >= FRECHET_CLIPS or not any(m.name.startswith("frechet") for m in self.metrics):
             return ()
         return (
             f"The Fréchet distance is over {self.num_clips} clips only (below about {FRECHET_CLIPS} its own bias is "
@@ -104,15 +104,23 @@ def _f1_of(matched: str) -> Callable[[ClipScores, np.ndarray], np.ndarray]:
 
 
 def _frechet(scores: ClipScores, weights: np.ndarray) -> np.ndarray:
-    """Fréchet distance of the statistics to those of the real sounds, both in units of the real ones' spread."""
-    scale = np.maximum(scores.truth_statistics.std(axis=0), LEAST_SPREAD_DB)
-    subject, truth = scores.statistics / scale, scores.truth_statistics / scale
-    if scores.num_clips < 2:
+    return _frechet_to(scores.truth_statistics, scores, weights)
+
+
+def _frechet_codec(scores: ClipScores, weights: np.ndarray) -> np.ndarray:
+    return _frechet_to(scores.codec_statistics, scores, weights)
+
+
+def _frechet_to(reference: np.ndarray | None, scores: ClipScores, weights: np.ndarray) -> np.ndarray:
+    """Fréchet distance of the statistics to those of a reference, both in units of the reference's spread."""
+    if reference is None or scores.num_clips < 2:
         return np.full(len(weights), np.nan)
+    scale = np.maximum(reference.std(axis=0), LEAST_SPREAD_DB)
+    subject, wanted = scores.statistics / scale, reference / scale
     values = []
     for row in weights:
         index = np.repeat(np.arange(scores.num_clips), row.astype(int))
-        values.append(frechet_distance(subject[index], truth[index]))
+        values.append(frechet_distance(subject[index], wanted[index]))
     return np.array(values)
 
 
@@ -168,10 +176,19 @@ METRICS: tuple[Metric, ...] = (
         column="mel_distance",
     ),
     Metric(
+        name="frechet_codec",
+        title="Fréchet to codec",
+        better="down",
+        meaning="Fréchet distance of simple audio statistics to those of the real sounds after the codec, in units of "
+        "their spread: 0 is the best that a policy on this codec can reach",
+        of=_frechet_codec,
+        max_resamples=FRECHET_RESAMPLES,
+    ),
+    Metric(
         name="frechet",
         title="Fréchet dist.",
         better="down",
-        meaning="Fréchet distance of simple audio statistics to those of the real sounds, in units of their spread",
+        meaning="the same to the recorded sounds: what the codec itself is away from them, every policy is drawn to",
         of=_frechet,
         max_resamples=FRECHET_RESAMPLES,
     ),

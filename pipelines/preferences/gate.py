@@ -33,7 +33,8 @@ class GateLimits:
     max_mel_distance_rise: float = 0.10
     """The log-mel distance to the real sound may rise by at most this share of itself."""
     max_frechet_rise: float = 0.50
-    """The Frechet distance may rise by at most this share of itself (it is noisy on few clips)."""
+    """The Frechet distance to the real sounds after the codec may rise by at most this share of itself (it is noisy on
+    few clips)."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -98,7 +99,7 @@ CRITERIA = (
     _Criterion(measure="f1", rule="fall", limit="max_f1_fall", required=False),
     _Criterion(measure="class_f1", rule="fall", limit="max_f1_fall", required=False),
     _Criterion(measure="log_mel_distance", rule="rise", limit="max_mel_distance_rise", required=False),
-    _Criterion(measure="frechet", rule="rise", limit="max_frechet_rise", required=False),
+    _Criterion(measure="frechet_codec", rule="rise", limit="max_frechet_rise", required=False),
 )
 """What is compared and how: `gain` must be exceeded, `rise` and `drop` are relative, `fall` is absolute."""
 

@@ -184,6 +184,13 @@ class PipelineStages:
 
     def evaluate(self, policy: str, out: str) -> None:
         """See `RoundStages`."""
+        self._evaluate(policy, self._settings.evaluation, out)
+
+    def evaluate_codec(self, out: str) -> None:
+        """See `RoundStages`."""
+        self._evaluate(None, replace(self._settings.evaluation, subject="inverted", num_candidates=1), out)
+
+    def _evaluate(self, policy: str | None, settings: EvaluationSettings, out: str) -> None:
         evaluate(
             EvaluationInputs(
                 features=self._inputs.features,
@@ -191,7 +198,7 @@ class PipelineStages:
                 policy=policy,
                 weights=self._inputs.weights,
             ),
-            self._settings.evaluation,
+            settings,
             out=out,
             pool=self._pool,
             max_reject_rate=self._resources.max_reject_rate,
@@ -199,17 +206,20 @@ class PipelineStages:
             say=self._say,
         )
 
-    def judge(self, before: str, after: str, out: str) -> Verdict:
+    def judge(self, before: str, after: str, codec: str, out: str) -> Verdict:
         """See `RoundStages`."""
-        return judge_stage(before, after, self._settings.limits, out=out, say=self._say)
+        return judge_stage(before, after, codec, self._settings.limits, out=out, say=self._say)
 
 
-def judge_stage(before: str, after: str, limits: GateLimits, *, out: str, say: Callable[[str], None]) -> Verdict:
-    """Compare two finished evaluations and leave `verdict.json` at `out`."""
-    inputs = {name: Dataset.open(place, SCORES).fingerprint for name, place in (("before", before), ("after", after))}
+def judge_stage(
+    before: str, after: str, codec: str, limits: GateLimits, *, out: str, say: Callable[[str], None]
+) -> Verdict:
+    """Compare two finished evaluations, each beside that of the codec, and leave `verdict.json` at `out`."""
+    places = {"before": before, "after": after, "codec": codec}
+    inputs = {name: Dataset.open(place, SCORES).fingerprint for name, place in places.items()}
 
     def body(context: StageContext) -> None:
-        content = judge(measures(before), measures(after), limits).to_json()
+        content = judge(measures(before, codec), measures(after, codec), limits).to_json()
         context.folder.write_bytes(VERDICT_FILE, (json.dumps(content, indent=1) + "\n").encode())
         context.finish(
             {"kind": VERDICT, "verdict": content["verdict"], "files": files_manifest(context.folder, [VERDICT_FILE])}

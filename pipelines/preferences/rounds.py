@@ -5,6 +5,7 @@ the same command after a kill walks the same path. The steps come in from outsid
 order of things readable here and testable without models.
 
     out/baseline/scores        M_0 on the held-out split, fixed seeds
+    out/baseline/codec         the real sounds of that split after the codec: what a policy can reach
     out/round_<k>/pairs        candidates of M_k, ranked, as pairs
     out/round_<k>/policy       M_{k+1}
     out/round_<k>/control      the equal-steps control, trained on from the last control, with --with-control
@@ -41,8 +42,12 @@ class RoundStages(Protocol):
         """Score fresh samples of `policy` on the held-out split with the seeds of every other evaluation."""
         ...
 
-    def judge(self, before: str, after: str, out: str) -> Verdict:
-        """Compare two evaluations, write the verdict."""
+    def evaluate_codec(self, out: str) -> None:
+        """Score the real sounds of those clips after the codec."""
+        ...
+
+    def judge(self, before: str, after: str, codec: str, out: str) -> Verdict:
+        """Compare two evaluations, each beside that of the codec, write the verdict."""
         ...
 
 
@@ -72,6 +77,11 @@ def round_folders(out: str, round_index: int) -> RoundFolders:
 def baseline_scores(out: str) -> str:
     """Where the evaluation of the launch's first policy lies."""
     return f"{out}/baseline/scores"
+
+
+def codec_scores(out: str) -> str:
+    """Where the evaluation of the real sounds after the codec lies."""
+    return f"{out}/baseline/codec"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +116,7 @@ def run_rounds(
     current, control = policy, policy
     before = baseline_scores(out)
     stages.evaluate(policy, before)
+    stages.evaluate_codec(codec_scores(out))
     finished: list[FinishedRound] = []
     stopped_at = None
     for index in range(num_rounds):
@@ -116,7 +127,7 @@ def run_rounds(
             stages.train(control, folders.pairs, index, folders.control, "winner_fm")
             control = folders.control
         stages.evaluate(folders.policy, folders.scores)
-        verdict = stages.judge(before, folders.scores, folders.verdict)
+        verdict = stages.judge(before, folders.scores, codec_scores(out), folders.verdict)
         finished.append(FinishedRound(index=index, verdict=verdict, folders=folders))
         if gate == "strict" and not verdict.accepted:
             stopped_at = index
@@ -183,7 +194,10 @@ def plan_lines(*, out: str, num_rounds: int, with_control: bool, cost: RoundCost
         f"{cost.clips} clips x {cost.candidates} candidates, "
         f"{cost.clips} sampler calls of {cost.network_calls} network calls"
     )
-    rows = [("evaluate M_0", baseline_scores(out), evaluation)]
+    rows = [
+        ("evaluate M_0", baseline_scores(out), evaluation),
+        ("evaluate the codec", codec_scores(out), f"{cost.evaluated_clips} clips, the real sounds decoded"),
+    ]
     for index in range(num_rounds):
         folders = round_folders(out, index)
         rows.append((f"round {index}: pairs from M_{index}", folders.pairs, generation))

@@ -98,7 +98,8 @@ def test_the_transform_of_the_latents_is_inherited_unchanged(world: Path, launch
 def test_the_verdict_gives_every_measure_before_and_after(launch: Path) -> None:
     content = json.loads((launch / "round_0/verdict/verdict.json").read_text())
     checks = {check["measure"]: check for check in content["checks"]}
-    assert {"reward", "fm_loss", "diversity", "f1", "class_f1", "log_mel_distance", "frechet"} <= set(checks)
+    measured = {"reward", "fm_loss", "diversity", "f1", "class_f1", "log_mel_distance", "frechet_codec"}
+    assert measured == set(checks)
     after = {
         c["measure"]: c["before"] for c in json.loads((launch / "round_1/verdict/verdict.json").read_text())["checks"]
     }

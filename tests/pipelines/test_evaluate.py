@@ -80,6 +80,9 @@ def test_the_detector_hears_the_real_sound_before_and_after_the_codec(inputs: Ev
         assert "diversity" not in found
     assert measures(str(tmp_path / "ground_truth"))["log_mel_distance"] == 0.0
     assert measures(str(tmp_path / "ground_truth"))["frechet"] == pytest.approx(0.0, abs=1e-6)
+    beside = {name: measures(str(tmp_path / name), str(tmp_path / "inverted")) for name in ("ground_truth", "inverted")}
+    assert beside["inverted"]["frechet_codec"] == pytest.approx(0.0, abs=1e-6)
+    assert beside["ground_truth"]["frechet_codec"] > 0.1
 
 
 def test_an_untrained_policy_is_scored_on_every_clip_with_all_its_candidates(

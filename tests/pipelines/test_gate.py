@@ -15,7 +15,7 @@ BEFORE = {
     "f1": 0.7,
     "class_f1": 0.5,
     "log_mel_distance": 0.15,
-    "frechet": 0.3,
+    "frechet_codec": 0.3,
 }
 BETTER = {**BEFORE, "reward": 1.1}
 
@@ -41,7 +41,7 @@ def test_a_round_that_raises_the_reward_and_harms_nothing_is_accepted():
         (changed(f1=0.67), "f1"),
         (changed(class_f1=0.47), "class_f1"),
         (changed(log_mel_distance=0.17), "log_mel_distance"),
-        (changed(frechet=0.5), "frechet"),
+        (changed(frechet_codec=0.5), "frechet_codec"),
     ],
 )
 def test_reward_hacking_is_refused_with_the_measure_that_paid_for_it(after, measure):
@@ -52,7 +52,7 @@ def test_reward_hacking_is_refused_with_the_measure_that_paid_for_it(after, meas
 
 
 def test_changes_within_the_limits_pass():
-    after = changed(fm_loss=0.514, diversity=0.185, f1=0.681, class_f1=0.481, log_mel_distance=0.16, frechet=0.44)
+    after = changed(fm_loss=0.514, diversity=0.185, f1=0.681, class_f1=0.481, log_mel_distance=0.16, frechet_codec=0.44)
     assert judge(BEFORE, after, GateLimits()).accepted
 
 

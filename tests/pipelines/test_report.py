@@ -62,7 +62,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         reward=str(write_untrained_reward(root / "reward")),
         policy=str(write_untrained_policy(root / "policy")),
     )
-    subjects: tuple[Subject, ...] = ("policy", "shuffled", "ground_truth")
+    subjects: tuple[Subject, ...] = ("policy", "shuffled", "ground_truth", "inverted")
     for subject in subjects:
         evaluate(
             inputs,
@@ -160,6 +160,24 @@ def test_json_text_and_page_hold_the_same_numbers(report: Path, scored: dict[str
         assert f"<b>{found[name]:.3f}</b>" in page
     assert summary["best_of_n"][HOSTILE]["bon_2"] <= summary["best_of_n"][HOSTILE]["oracle_2"]
     assert list(summary["best_of_n"]) == [HOSTILE]
+
+
+def test_a_report_with_the_real_sounds_after_the_codec_measures_every_subject_from_them(
+    scored: dict[str, str], tmp_path: Path
+) -> None:
+    names = ("policy", "inverted")
+    write_report(
+        scored["features"],
+        [scored[name] for name in names],
+        settings(labels=names),
+        out=str(tmp_path / "report"),
+        say=lambda line: None,
+    )
+    subjects = json.loads((tmp_path / "report/summary.json").read_text())["subjects"]
+    found = {name: subjects[name]["values"]["frechet_codec"]["value"] for name in names}
+    assert found["inverted"] == pytest.approx(0.0, abs=1e-6)
+    assert found["policy"] == pytest.approx(measures(scored["policy"], scored["inverted"])["frechet_codec"])
+    assert "Fréchet to codec v" in (tmp_path / "report/table.txt").read_text()
 
 
 def test_the_same_report_again_is_skipped_and_a_fresh_one_has_the_same_bytes(

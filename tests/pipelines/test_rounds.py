@@ -8,6 +8,7 @@ from pipelines.preferences.gate import GateLimits, Verdict, judge
 from pipelines.preferences.rounds import (
     Launch,
     RoundCost,
+    codec_scores,
     launch_manifest,
     plan_lines,
     round_folders,
@@ -57,8 +58,11 @@ class Recorded:
     def evaluate(self, policy: str, out: str) -> None:
         self._stage("evaluate", out, {"policy": policy})
 
-    def judge(self, before: str, after: str, out: str) -> Verdict:
-        self._stage("judge", out, {"before": before, "after": after})
+    def evaluate_codec(self, out: str) -> None:
+        self._stage("evaluate_codec", out, {})
+
+    def judge(self, before: str, after: str, codec: str, out: str) -> Verdict:
+        self._stage("judge", out, {"before": before, "after": after, "codec": codec})
         refused = any(f"round_{k}/" in after for k in self.refused_rounds)
         return judge({"reward": 1.0, **MEASURES}, {"reward": 0.9 if refused else 1.1, **MEASURES}, GateLimits())
 
@@ -83,17 +87,18 @@ def test_each_round_samples_from_and_trains_on_from_the_policy_before(policy: st
     out, stages = tmp_path / "rpo", Recorded()
     result = launch(policy, out, stages)
     first, second = round_folders(str(out), 0), round_folders(str(out), 1)
-    baseline = f"{out}/baseline/scores"
+    baseline, codec = f"{out}/baseline/scores", codec_scores(str(out))
     assert stages.asked == [
         ("evaluate", baseline, policy),
+        ("evaluate_codec", codec),
         ("pairs_0", first.pairs, policy),
         ("dpo", first.policy, policy, first.pairs),
         ("evaluate", first.scores, first.policy),
-        ("judge", first.verdict, baseline, first.scores),
+        ("judge", first.verdict, baseline, first.scores, codec),
         ("pairs_1", second.pairs, first.policy),
         ("dpo", second.policy, first.policy, second.pairs),
         ("evaluate", second.scores, second.policy),
-        ("judge", second.verdict, first.scores, second.scores),
+        ("judge", second.verdict, first.scores, second.scores, codec),
     ]
     assert result.final_policy == second.policy
     assert result.stopped_at is None
@@ -134,7 +139,7 @@ def test_a_reporting_gate_records_and_goes_on(policy: str, tmp_path: Path) -> No
     assert [done.verdict.accepted for done in result.rounds] == [False, True]
 
 
-@pytest.mark.parametrize("die_before", range(11))
+@pytest.mark.parametrize("die_before", range(12))
 def test_a_launch_cut_between_any_two_stages_does_the_rest_and_only_the_rest(
     policy: str, tmp_path: Path, die_before: int
 ) -> None:
@@ -144,7 +149,7 @@ def test_a_launch_cut_between_any_two_stages_does_the_rest_and_only_the_rest(
         launch(policy, out, first, with_control=True)
     result = launch(policy, out, second, with_control=True)
     assert len(first.done) == die_before
-    assert len(first.done) + len(second.done) == 11
+    assert len(first.done) + len(second.done) == 12
     assert not set(first.done) & set(second.done)
     assert result.final_policy == round_folders(str(out), 1).policy
 
@@ -164,7 +169,7 @@ def test_the_manifest_names_the_lineage_of_every_round_and_survives_a_move(polic
 def test_the_plan_counts_and_touches_nothing(policy: str, tmp_path: Path) -> None:
     out = tmp_path / "rpo"
     lines = plan_lines(out=str(out), num_rounds=2, with_control=True, cost=COST)
-    assert len(lines) == 1 + 2 * 5 + 1
+    assert len(lines) == 2 + 2 * 5 + 1
     assert all("to do" in line for line in lines[:-1])
     # 2 x 512 clips for pairs and 3 x 256 for evaluations; 4 candidates each, 8 network calls a clip; 2 x 2 x 150 steps
     assert "1792 clips, 7168 candidates, 1792 sampler calls (14336 network calls), 600 training steps" in lines[-1]
@@ -174,11 +179,11 @@ def test_the_plan_counts_and_touches_nothing(policy: str, tmp_path: Path) -> Non
 def test_the_plan_of_a_cut_launch_tells_what_is_left(policy: str, tmp_path: Path) -> None:
     out = tmp_path / "rpo"
     with pytest.raises(KeyboardInterrupt):
-        launch(policy, out, Recorded(die_before=3))
+        launch(policy, out, Recorded(die_before=4))
     Path(round_folders(str(out), 0).scores).mkdir(parents=True)
     Path(round_folders(str(out), 0).scores, "stage.json").write_text("{}")
     states = [
         line.split(": ")[-1].split(",")[0]
         for line in plan_lines(out=str(out), num_rounds=1, with_control=False, cost=COST)[:-1]
     ]
-    assert states == ["complete", "complete", "complete", "to resume", "to do"]
+    assert states == ["complete", "complete", "complete", "complete", "to resume", "to do"]

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.errors import InputError
 from pipelines.evaluation.scores import ClipScores
-from pipelines.evaluation.study_page import write_results
+from pipelines.evaluation.study_page import values_table, write_results
 from pipelines.evaluation.study_results import StudyNumbers, ranking_result
 from pipelines.evaluation.summary import summarise
 from tests.pipelines.score_factory import candidate, random_rows, score_row, score_table
@@ -63,6 +63,22 @@ def test_arms_are_compared_on_the_replicates_that_both_have() -> None:
     assert found is not None
     assert found.by_seed == pytest.approx({1: 2.0})
     assert numbers.difference("arm", "nobody", "reward") is None
+
+
+def test_what_no_replicate_has_is_no_number_and_no_column() -> None:
+    codec = with_rewards([3.0, 4.0])
+    beside, alone = with_rewards([0.0, 1.0]).beside_codec(codec), with_rewards([2.0, 3.0])
+    numbers = StudyNumbers({"m0": {0: beside, 1: alone}, "arm": {0: alone, 1: alone}})
+    found = numbers.value("m0", "frechet_codec")
+    assert found is not None
+    assert list(found.by_seed) == [0]
+    assert numbers.value("arm", "frechet_codec") is None
+    assert numbers.difference("arm", "m0", "frechet_codec") is None
+    assert numbers.value("arm", "fm_loss") is None
+    table = values_table(numbers).splitlines()
+    assert "Fréchet to codec" in table[3]
+    assert "FM error" not in table[3]
+    assert table[6].count(" - |") == 1
 
 
 def test_cells_of_other_clips_are_refused() -> None:

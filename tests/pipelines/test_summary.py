@@ -80,6 +80,36 @@ def test_frechet_distance_of_the_real_sounds_to_themselves_is_zero_and_grows_wit
     assert values[0] < values[1] < values[2]
 
 
+def test_beside_the_codec_a_policy_is_measured_by_what_it_can_reach() -> None:
+    rng = np.random.default_rng(0)
+    recorded = 3 * rng.normal(size=(40, 2))
+    decoded = recorded + 2.0
+
+    def with_statistics(statistics: np.ndarray) -> ClipScores:
+        places = rng.permutation(40)
+        return scores_of(
+            [
+                score_row(f"{i:02d}", [candidate(0.0)], statistics=statistics[i], truth_statistics=recorded[i])
+                for i in places
+            ]
+        )
+
+    codec = with_statistics(decoded)
+    subjects = {"codec": codec, "near": with_statistics(recorded + 1.5), "far": with_statistics(recorded + 0.5)}
+    assert "frechet_codec" not in summarise(subjects, num_resamples=2).estimates["near"]
+    found = summarise({label: s.beside_codec(codec) for label, s in subjects.items()}, num_resamples=2).estimates
+    to_codec, to_recorded = ({n: found[n][m].value for n in found} for m in ("frechet_codec", "frechet"))
+    units = float((1 / recorded.std(axis=0) ** 2).sum())
+    # Of two policies the one nearer to what the codec can give is the further one from the recordings.
+    assert to_codec == pytest.approx({"codec": 0.0, "near": 0.25 * units, "far": 2.25 * units}, abs=1e-5)
+    assert to_recorded == pytest.approx({"codec": 4 * units, "near": 2.25 * units, "far": 0.25 * units}, abs=1e-5)
+
+
+def test_scores_of_other_clips_than_the_codecs_are_refused() -> None:
+    with pytest.raises(InputError, match="differ in their clips"):
+        scores_of([score_row("a", [candidate()])]).beside_codec(scores_of([score_row("b", [candidate()])]))
+
+
 def test_every_value_lies_in_its_interval_and_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     covered = 0
     for seed in range(60):
