@@ -10,7 +10,8 @@ class Options:
     """Compare models: tables with intervals and paired differences, and a page with every sound side by side."""
 
     scores: tuple[cli.StoragePath, ...]
-    """Scores datasets of the same clips; the first is what the others are compared with."""
+    """Scores datasets of the same clips; the first is what the others are compared with. One of --subject inverted
+    adds the Fréchet distance to the real sounds after the codec, the best that a policy can reach."""
     labels: tuple[str, ...]
     """A name for each of them."""
     features: cli.StoragePath

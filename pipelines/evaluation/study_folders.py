@@ -22,7 +22,7 @@ from pipelines.evaluation.evaluate import measures, read_scores
 from pipelines.evaluation.scores import ClipScores
 from pipelines.evaluation.study import BASELINE, CODEC, Arm, Study
 from pipelines.evaluation.study_results import RankingResult, ranking_result
-from pipelines.preferences.rounds import baseline_scores, round_folders
+from pipelines.preferences.rounds import baseline_scores, codec_scores, round_folders
 from pipelines.training.journal import parse_journal
 from pipelines.training.workplace import JOURNAL
 
@@ -89,11 +89,18 @@ def read_val_cells(study: Study, out: str) -> dict[str, dict[int, ClipScores]]:
     found: dict[str, dict[int, ClipScores]] = {}
     for arm in _arms_of_rounds(study):
         for seed, place in _done(arm, out).items():
+            codec = codec_scores(place)
             if seed not in found.setdefault(BASELINE, {}):
-                found[BASELINE][seed] = read_scores(baseline_scores(place))[0]
+                found[BASELINE][seed] = _beside(codec, baseline_scores(place))
             last = round_folders(place, study.num_rounds(arm) - 1).scores
-            found.setdefault(arm.name, {})[seed] = read_scores(last)[0]
+            found.setdefault(arm.name, {})[seed] = _beside(codec, last)
     return found
+
+
+def _beside(codec: str, place: str) -> ClipScores:
+    """Scores, beside those of the codec where the launch has them: those of before had none."""
+    scores = read_scores(place)[0]
+    return scores.beside_codec(read_scores(codec)[0]) if is_finished(codec) else scores
 
 
 def read_rankings(study: Study, out: str) -> dict[str, dict[int, RankingResult]]:

@@ -180,7 +180,7 @@ METRICS: tuple[Metric, ...] = (
         title="Fréchet to codec",
         better="down",
         meaning="Fréchet distance of simple audio statistics to those of the real sounds after the codec, in units of "
-        "their spread: 0 is the best that a policy on this codec can reach",
+        "their spread; 0 is the best that a policy on this codec can reach",
         of=_frechet_codec,
         max_resamples=FRECHET_RESAMPLES,
     ),
@@ -188,7 +188,8 @@ METRICS: tuple[Metric, ...] = (
         name="frechet",
         title="Fréchet dist.",
         better="down",
-        meaning="the same to the recorded sounds: what the codec itself is away from them, every policy is drawn to",
+        meaning="Fréchet distance of simple audio statistics to those of the recorded sounds, in units of their "
+        "spread; that of the real sounds after the codec is not 0",
         of=_frechet,
         max_resamples=FRECHET_RESAMPLES,
     ),

@@ -4,68 +4,29 @@ And what MLflow has to show of it: one parent run, a child a stage.
 """
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pipelines.data.store import read_manifest
-from pipelines.tracking import LAUNCH_VARIABLE
 from pipelines.tracking_ship import Store
 from pipelines.training.journal import read_journal
+from tests.faults import launches
+from tests.faults.launches import LIMIT_S, kill_when, write_preset
 
-ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 600.0
-SMALLER: dict[str, dict[str, Any]] = {
-    "train_sf_cavp": {"steps": 6, "batch_size": 8, "warmup_steps": 2, "validate_every": 0, "checkpoint_every": 2},
-    "train_mmdit": {"steps": 12, "batch_size": 8, "warmup_steps": 2, "validate_every": 0, "checkpoint_every": 4},
-    # An untrained reward may prefer either sound: nearly every pair is kept, whatever it says.
-    "rpo_rounds": {"max_clips": 24, "eval_clips": 8, "margin": 0.0, "steps": 6, "batch_size": 4, "warmup_steps": 2},
-    "evaluate": {"num_steps": 2},
-    "report": {"num_clips": 2},
-}
 STAGES = (
-    *("world", "features", "m0", "degraded", "sf_cavp", "rpo"),
+    *("world", "features", "m0", "degraded", "sf_cavp", "rpo", "rpo/baseline/codec"),
     *("rpo/round_0/pairs", "rpo/round_0/policy", "rpo/round_0/control", "rpo/round_0/scores", "rpo/round_0/verdict"),
     *("scores/m0", "scores/m1", "scores/control1", "gates", "report"),
 )
 
 
-def write_preset(path: Path) -> Path:
-    sections = yaml.safe_load((ROOT / "jobs" / "presets" / "tiny.yaml").read_text())
-    path.write_text(yaml.safe_dump({job: flags | SMALLER.get(job, {}) for job, flags in sections.items()}))
-    return path
-
-
 def start(home: Path, name: str) -> subprocess.Popen[bytes]:
     counts = ["--num-train=64", "--num-rpo=32", "--num-val=32", "--num-test=32", "--rounds=1"]
     flags = [f"--preset={home / 'small.yaml'}", *counts, "--out", str(home / name / "demo")]
-    environment = {k: v for k, v in os.environ.items() if k not in (LAUNCH_VARIABLE, "MLFLOW_TRACKING_URI")}
-    with (home / f"{name}.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / "demo.py"), *flags],
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
-
-
-def kill_when(process: subprocess.Popen[bytes], log: Path, reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not reached():
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    return launches.start("demo", *flags, log=home / f"{name}.log")
 
 
 def finish(process: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def written(folder: Path, **changes: object) -> Path:
 
 def test_an_arm_with_a_control_is_two_subjects_of_its_own_replicates(tmp_path: Path) -> None:
     study = read_study(written(tmp_path))
-    assert study.subjects == ("m0", "rpo", "rpo_control", "sweep", "longer")
+    assert study.subjects == ("m0", "rpo", "rpo_control", "sweep", "longer", "codec")
     assert study.seeds_of("rpo_control") == study.seeds_of("m0") == (3, 5)
     assert study.seeds_of("sweep") == (5,)
 
