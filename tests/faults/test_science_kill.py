@@ -32,7 +32,7 @@ def write_study(home: Path) -> Path:
         "claims": [["rounds", "longer"]],
     }
     path = home / "study.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
