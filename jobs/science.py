@@ -104,11 +104,11 @@ def _arm(study: "Study", arm: "Arm", out: str, seed: int, workers: tuple[str, ..
     folders = Replicate(out, seed)
     place, judge = folders.arm(arm.name), folders.reward(study.reward)
     flags = (*cli.flatten(dict(arm.flags)), f"--seed={seed}", *workers)
+    clips = _clips(out, "features" if study.learns_from_world(arm) else "m0_features")
     if arm.job == "train_mmdit":
-        clips = _clips(out, "features") if arm.on_world else _m0_clips(study, out)
         found = [_step(arm.job, out, place, "--init", folders.m0, *clips, *flags)]
     else:
-        inputs = ("--policy", folders.m0, "--reward", judge, *_clips(out, "features"))
+        inputs = ("--policy", folders.m0, "--reward", judge, *clips)
         rounds = (f"--rounds={study.num_rounds(arm)}", "--gate=report")
         found = [_step(arm.job, out, place, *inputs, *flags, *rounds)]
     for subject, policy in policies(study, arm, place).items():

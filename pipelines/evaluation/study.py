@@ -19,6 +19,8 @@ ArmJob = Literal["rpo_rounds", "train_mmdit"]
 BASELINE = "m0"
 CODEC = "codec"
 """The subject that is no model: the real sounds after the codec, the best that any model on it can reach."""
+Clips = Literal["m0", "world"]
+"""M_0's own clips, where it has some, or those of the study's world."""
 CONTROL_SUFFIX = "_control"
 DEGRADED_FLAG = "degraded_every"
 Flags = Mapping[str, Any]
@@ -34,8 +36,8 @@ class Arm:
     flags: Flags
     seeds: tuple[int, ...]
     """Replicates that have it."""
-    on_world: bool = False
-    """Of plain flow matching: train on the clips of `Study.world`, where M_0 has clips of its own."""
+    clips: Clips
+    """What it learns from; its job's flag `split` says which of them."""
 
     @property
     def subjects(self) -> tuple[str, ...]:
@@ -79,6 +81,10 @@ class Study:
         """Whether a reward learns from degraded sounds."""
         return any(DEGRADED_FLAG in flags for flags in self.rewards.values())
 
+    def learns_from_world(self, arm: Arm) -> bool:
+        """Whether an arm is given the clips of `world`, and its rounds are gated on those of its split `val`."""
+        return arm.clips == "world" or not self.m0_world
+
     def num_rounds(self, arm: Arm) -> int:
         """Rounds that an arm of preference rounds runs."""
         return int(arm.flags.get("rounds", self.rounds))
@@ -112,7 +118,7 @@ def _study(content: Mapping[str, Any]) -> Study:
             job=arm["job"],
             flags=dict(arm.get("flags") or {}),
             seeds=tuple(int(seed) for seed in arm.get("seeds", seeds)),
-            on_world=bool(arm.get("on_world", False)),
+            clips=arm.get("clips", "world" if arm["job"] == "rpo_rounds" else "m0"),
         )
         for name, arm in content["arms"].items()
     )
@@ -134,6 +140,7 @@ def _study(content: Mapping[str, Any]) -> Study:
 
 def _check(study: Study, path: Path) -> None:
     wrong = [f"arm {arm.name}: job {arm.job!r}" for arm in study.arms if arm.job not in get_args(ArmJob)]
+    wrong += [f"arm {arm.name}: clips {arm.clips!r}" for arm in study.arms if arm.clips not in get_args(Clips)]
     wrong += [
         f"arm {a.name}: seeds {a.seeds} beyond {study.seeds}" for a in study.arms if set(a.seeds) - {*study.seeds}
     ]

@@ -85,9 +85,12 @@ def read_cells(study: Study, out: str) -> dict[str, dict[int, ClipScores]]:
 
 
 def read_val_cells(study: Study, out: str) -> dict[str, dict[int, ClipScores]]:
-    """Scores on val of M_0 and of what every arm of rounds that is done ended with: what a decision may read."""
+    """Scores on val of M_0 and of what every arm of rounds that is done ended with: what a decision may read.
+
+    Without arms on M_0's own clips, whose val is another.
+    """
     found: dict[str, dict[int, ClipScores]] = {}
-    for arm in _arms_of_rounds(study):
+    for arm in filter(study.learns_from_world, _arms_of_rounds(study)):
         for seed, place in _done(arm, out).items():
             codec = codec_scores(place)
             if seed not in found.setdefault(BASELINE, {}):

@@ -43,14 +43,15 @@ def test_plain_flow_matching_goes_on_with_m0s_own_clips_or_with_all_and_partial_
     content["arms"] = {
         "probe": {"job": "rpo_rounds", "flags": {"kappa": 1.0}, "seeds": [1]},
         "longer": {"job": "train_mmdit", "flags": {"steps": 9}},
-        "more_clips": {"job": "train_mmdit", "flags": {"steps": 9}, "on_world": True},
+        "more_clips": {"job": "train_mmdit", "flags": {"steps": 9}, "clips": "world"},
+        "own_rounds": {"job": "rpo_rounds", "flags": {"split": "train"}, "clips": "m0"},
     }
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(content))
     todo = science.steps(read_study(path), "/out", 2)
     flags = {step.name: " ".join(step.flags) for step in todo}
     assert "--num-train=9" in flags["m0_world"]
-    for name in ("seed_0/m0", "seed_1/arms/longer"):
+    for name in ("seed_0/m0", "seed_1/arms/longer", "seed_0/arms/own_rounds"):
         assert "--features /out/m0_features" in flags[name], name
     for name in ("seed_1/arms/more_clips", "seed_0/rewards/edits", "seed_0/degraded", "seed_1/arms/probe"):
         assert "--features /out/features" in flags[name], name

@@ -39,6 +39,19 @@ def test_an_arm_with_a_control_is_two_subjects_of_its_own_replicates(tmp_path: P
     assert study.seeds_of("sweep") == (5,)
 
 
+def test_rounds_learn_from_the_world_and_training_from_m0s_own_clips_unless_an_arm_says(tmp_path: Path) -> None:
+    arms = {
+        "rpo": {"job": "rpo_rounds"},
+        "own_rpo": {"job": "rpo_rounds", "clips": "m0"},
+        "longer": {"job": "train_mmdit"},
+        "more": {"job": "train_mmdit", "clips": "world"},
+    }
+    apart = read_study(written(tmp_path, arms=arms, compared_with=[], m0_world={"num_train": 9}))
+    assert {arm.name for arm in apart.arms if apart.learns_from_world(arm)} == {"rpo", "more"}
+    shared = read_study(written(tmp_path, arms=arms, compared_with=[]))
+    assert all(shared.learns_from_world(arm) for arm in shared.arms)
+
+
 def test_a_subject_is_the_policy_that_its_last_round_left(tmp_path: Path) -> None:
     study = read_study(written(tmp_path))
     rpo, sweep, longer = study.arms
@@ -59,7 +72,9 @@ def test_a_subject_is_the_policy_that_its_last_round_left(tmp_path: Path) -> Non
         ({"claims": [["rpo", "somebody"]]}, "'somebody'"),
         ({"arms": {"a": {"job": "preprocess"}}, "compared_with": []}, "'preprocess'"),
         ({"arms": {"a": {"job": "rpo_rounds", "seeds": [4]}}, "compared_with": []}, "seeds"),
+        ({"arms": {"a": {"job": "rpo_rounds", "clips": "moon"}}, "compared_with": []}, "'moon'"),
         ({"arms": {"m0": {"job": "rpo_rounds"}}, "compared_with": []}, "one name"),
+        ({"arms": {"codec": {"job": "rpo_rounds"}}, "compared_with": []}, "one name"),
         ({"seeds": []}, "no seed"),
         ({"arms": None}, "not a study"),
     ],
