@@ -104,7 +104,7 @@ def _arm(study: "Study", arm: "Arm", out: str, seed: int, workers: tuple[str, ..
     folders = Replicate(out, seed)
     place, judge = folders.arm(arm.name), folders.reward(study.reward)
     flags = (*cli.flatten(dict(arm.flags)), f"--seed={seed}", *workers)
-    clips = _clips(out, "features" if study.learns_from_world(arm) else "m0_features")
+    clips = _clips(out, "features") if arm.clips == "world" else _m0_clips(study, out)
     if arm.job == "train_mmdit":
         found = [_step(arm.job, out, place, "--init", folders.m0, *clips, *flags)]
     else:

@@ -114,9 +114,9 @@ def run_rounds(
     line, so that winners, order, steps and noise are equal and only the preference term differs.
     """
     current, control = policy, policy
-    before = baseline_scores(out)
+    before, codec = baseline_scores(out), codec_scores(out)
     stages.evaluate(policy, before)
-    stages.evaluate_codec(codec_scores(out))
+    stages.evaluate_codec(codec)
     finished: list[FinishedRound] = []
     stopped_at = None
     for index in range(num_rounds):
@@ -127,7 +127,7 @@ def run_rounds(
             stages.train(control, folders.pairs, index, folders.control, "winner_fm")
             control = folders.control
         stages.evaluate(folders.policy, folders.scores)
-        verdict = stages.judge(before, folders.scores, codec_scores(out), folders.verdict)
+        verdict = stages.judge(before, folders.scores, codec, folders.verdict)
         finished.append(FinishedRound(index=index, verdict=verdict, folders=folders))
         if gate == "strict" and not verdict.accepted:
             stopped_at = index
