@@ -77,6 +77,7 @@ def parts(folder: Path) -> int:
     return len(list((folder / "data").glob("part-*.parquet")))
 
 
+@pytest.mark.slow
 def test_rounds_killed_in_pairs_and_in_training_end_as_if_never_killed(world: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(cli.parse("rpo_rounds", Options, flags(world, whole))) == 0

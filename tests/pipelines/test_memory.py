@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pipelines.errors import InputError
 from pipelines.training.engine import Engine
@@ -19,7 +18,7 @@ from pipelines.training.timing import StepClock
 from pipelines.training.world import World
 from tests.allocations import Allocations
 from tests.pipelines.test_activations import real_batch, real_trainee
-from tests.training_worlds import one_of_several
+from tests.training_worlds import one_of_several, start_ranks
 
 CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {
@@ -84,7 +83,7 @@ def _measure_without_zero(rank: int, meeting: str, found: str) -> None:
 @pytest.mark.slow
 def test_a_real_step_of_two_workers_at_stage_0_needs_what_was_predicted(tmp_path: Path) -> None:
     found = tmp_path / "found"
-    mp.start_processes(_measure_without_zero, (str(tmp_path / "meeting"), str(found)), nprocs=2, start_method="spawn")
+    start_ranks(_measure_without_zero, (str(tmp_path / "meeting"), str(found)), 2)
     real = json.loads(found.read_text())
     plans = [
         predict_memory("tiny", zero_stage=0, **PLAIN | {"world_size": 2, "accumulation": accumulation})

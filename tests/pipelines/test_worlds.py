@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from pipelines.training.journal import read_journal
 from pipelines.training.launch import fit
 from pipelines.training.loop import TrainingOrder
 from pipelines.training.options import Execution, TrainingOptions
+from tests import training_worlds
 from tests.feature_factory import write_features
 from tests.toy_objective import ToyObjective
-from tests.training_worlds import train_together
+from tests.training_worlds import one_of_several, start_ranks, train_together
 
 pytestmark = pytest.mark.slow
 
@@ -162,3 +164,25 @@ def test_two_workers_with_other_engines_of_an_mmdit_lose_what_plain_ones_lose(tm
     assert losses["at_once"] == pytest.approx(losses["plain"], rel=1e-5)
     assert losses["bf16"] == pytest.approx(losses["plain"], rel=2e-3)
     assert losses["bf16"] != losses["plain"]
+
+
+def _hang(rank: int, meeting: str, within: bool) -> None:
+    """Rank 1 hangs while it watches itself, or before it does; rank 0 waits for it."""
+    if rank == 1 and not within:
+        time.sleep(10**6)
+    with one_of_several(rank, 2, meeting):
+        if rank == 1:
+            time.sleep(10**6)
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_ranks_that_hang_are_ended_and_show_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], within: bool
+) -> None:
+    monkeypatch.setattr(training_worlds, "PATIENCE_S", 20.0)
+    monkeypatch.setattr(training_worlds, "START_AND_END_S", 0.0)
+    with pytest.raises(TimeoutError, match=r"processes \[\d+.*\] did not end within 20 s"):
+        start_ranks(_hang, (str(tmp_path / "meeting"), within), 2)
+    shown = capfd.readouterr().err
+    assert "Fatal Python error: Aborted" in shown
+    assert "in _hang" in shown
