@@ -93,8 +93,9 @@ def _before_the_arms(study: "Study", out: str, seed: int, workers: tuple[str, ..
         found.append(_scores(out, folders.ranked(name), "val", *judged, NUM_CANDIDATES, workers))
     judge = folders.reward(study.reward)
     found.append(_scores(out, folders.tested(BASELINE), "test", folders.m0, judge, NUM_CANDIDATES, workers))
-    flags = (*data, "--reward", judge, "--subject=inverted", "--split=test", *workers)
-    found.append(_step("evaluate", out, folders.tested(CODEC), *flags))
+    for split, place in (("val", folders.codec_on_val), ("test", folders.tested(CODEC))):
+        flags = (*data, "--reward", judge, "--subject=inverted", f"--split={split}", *workers)
+        found.append(_step("evaluate", out, place, *flags))
     return found
 
 

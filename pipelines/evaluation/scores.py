@@ -1,7 +1,7 @@
 """A scores dataset as arrays over clips, and the check that several of them cover the same clips."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -56,6 +56,23 @@ class ClipScores:
         """
         check_same_clips({"those given": self, "those of the codec": codec})
         return replace(self, codec_statistics=codec.statistics)
+
+    def of_clips(self, clip_ids: Sequence[str]) -> Self:
+        """The same of some of the clips; raises InputError where one of them was not scored."""
+        wanted = tuple(sorted(set(clip_ids)))
+        if lacking := set(wanted) - set(self.clip_ids):
+            raise InputError(f"not scored: {len(lacking)} of the clips, such as {min(lacking)!r}")
+        at = np.searchsorted(self.clip_ids, wanted)
+        codec = self.codec_statistics
+        return replace(
+            self,
+            clip_ids=wanted,
+            values={name: value[at] for name, value in self.values.items()},
+            candidates={name: value[at] for name, value in self.candidates.items()},
+            statistics=self.statistics[at],
+            truth_statistics=self.truth_statistics[at],
+            codec_statistics=None if codec is None else codec[at],
+        )
 
     @property
     def num_clips(self) -> int:

@@ -6,6 +6,7 @@ out/seed_<s>/m0
 out/seed_<s>/degraded                       real sounds made worse by it, where a reward learns from them
 out/seed_<s>/rewards/<reward>               one SF-CAVP of each kind
 out/seed_<s>/val/m0_by_<reward>             M_0's candidates on val, scored by it: may it rank?
+out/seed_<s>/val/codec                      the real sounds of val after the codec
 out/seed_<s>/arms/<arm>                     preference rounds, or a longer training
 out/seed_<s>/test/<subject>                 the table's scores
 out/results                                 tables and figures
@@ -22,7 +23,7 @@ from pipelines.evaluation.evaluate import measures, read_scores
 from pipelines.evaluation.scores import ClipScores
 from pipelines.evaluation.study import BASELINE, CODEC, Arm, Study
 from pipelines.evaluation.study_results import RankingResult, ranking_result
-from pipelines.preferences.rounds import baseline_scores, codec_scores, round_folders
+from pipelines.preferences.rounds import baseline_scores, round_folders
 from pipelines.training.journal import parse_journal
 from pipelines.training.workplace import JOURNAL
 
@@ -61,6 +62,11 @@ class Replicate:
         """Scores of M_0's candidates on val by a reward."""
         return f"{self.base}/val/m0_by_{reward}"
 
+    @property
+    def codec_on_val(self) -> str:
+        """Scores of the real sounds of val after the codec."""
+        return f"{self.base}/val/codec"
+
     def arm(self, name: str) -> str:
         """What an arm made."""
         return f"{self.base}/arms/{name}"
@@ -89,21 +95,22 @@ def read_val_cells(study: Study, out: str) -> dict[str, dict[int, ClipScores]]:
 
     Without arms on M_0's own clips, whose val is another.
     """
+    places = _finished(out, study.seeds, lambda folders: folders.codec_on_val)
+    codec = {seed: read_scores(place)[0] for seed, place in places.items()}
+
+    def beside_codec(seed: int, place: str) -> ClipScores:
+        # A launch scores a sample of val, the same in every arm of a replicate.
+        scores = read_scores(place)[0]
+        return scores.beside_codec(codec[seed].of_clips(scores.clip_ids)) if seed in codec else scores
+
     found: dict[str, dict[int, ClipScores]] = {}
     for arm in filter(study.learns_from_world, _arms_of_rounds(study)):
         for seed, place in _done(arm, out).items():
-            codec = codec_scores(place)
             if seed not in found.setdefault(BASELINE, {}):
-                found[BASELINE][seed] = _beside(codec, baseline_scores(place))
+                found[BASELINE][seed] = beside_codec(seed, baseline_scores(place))
             last = round_folders(place, study.num_rounds(arm) - 1).scores
-            found.setdefault(arm.name, {})[seed] = _beside(codec, last)
+            found.setdefault(arm.name, {})[seed] = beside_codec(seed, last)
     return found
-
-
-def _beside(codec: str, place: str) -> ClipScores:
-    """Scores, beside those of the codec where the launch has them: those of before had none."""
-    scores = read_scores(place)[0]
-    return scores.beside_codec(read_scores(codec)[0]) if is_finished(codec) else scores
 
 
 def read_rankings(study: Study, out: str) -> dict[str, dict[int, RankingResult]]:

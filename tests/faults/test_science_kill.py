@@ -60,13 +60,13 @@ def test_a_study_killed_in_an_arm_goes_on_to_the_numbers_of_one_that_was_not(tmp
     partly = tmp_path / "partly"
     table = science.Options(out=str(out), study=str(study), table_only=True, results=str(partly))
     assert science.main(table) == 0
-    assert (partly / "tables.md").read_text().startswith("7 of 12 stages are done.")
+    assert (partly / "tables.md").read_text().startswith("8 of 13 stages are done.")
 
     assert start(tmp_path, "cut").wait(LIMIT_S) == 0, log.read_text()[-3000:]
     assert undisturbed.wait(LIMIT_S) == 0, (tmp_path / "whole.log").read_text()[-3000:]
     found = results(tmp_path, "cut")
     assert found == results(tmp_path, "whole")
-    assert found["done"] == "12 of 12 stages are done."
+    assert found["done"] == "13 of 13 stages are done."
     assert list(found["values"]) == ["m0", "rounds", "rounds_control", "longer", "codec"]
     codec = {name: value and value["mean"]["value"] for name, value in found["values"]["codec"].items()}
     assert codec["f1"] == pytest.approx(1.0, abs=0.05)

@@ -110,6 +110,23 @@ def test_scores_of_other_clips_than_the_codecs_are_refused() -> None:
         scores_of([score_row("a", [candidate()])]).beside_codec(scores_of([score_row("b", [candidate()])]))
 
 
+def test_the_scores_of_some_clips_are_those_of_an_evaluation_of_them_alone() -> None:
+    rows = [
+        score_row(name, [candidate(i), candidate(-i)], statistics=[i, i * i], truth_statistics=[-i, 1.0])
+        for i, name in enumerate("dbac")
+    ]
+    codec = scores_of([score_row(name, [candidate()], statistics=[10.0 + i, 0.0]) for i, name in enumerate("dbac")])
+    some = scores_of(rows).beside_codec(codec).of_clips(["c", "d"])
+    alone = scores_of([rows[0], rows[3]]).beside_codec(codec.of_clips(("d", "c")))
+    assert some.clip_ids == alone.clip_ids == ("c", "d")
+    np.testing.assert_equal(vars(some), vars(alone))
+    assert some.values["reward"].tolist() == [3.0, 0.0]
+    assert some.codec_statistics is not None
+    assert some.codec_statistics[:, 0].tolist() == [13.0, 10.0]
+    with pytest.raises(InputError, match="not scored: 1 of the clips, such as 'x'"):
+        codec.of_clips(["a", "x"])
+
+
 def test_every_value_lies_in_its_interval_and_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     covered = 0
     for seed in range(60):
