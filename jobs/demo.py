@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from jobs import cli
 from jobs.chain import Step, run_all, seconds_of
 
+GATE_CLIPS = 64
+"""Clips of val that a round is judged by; preset tiny only reports the verdict."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -28,7 +31,7 @@ class Options:
     """Clips of the preference rounds."""
     num_val: int = 256
     """Clips for calibration and gates."""
-    num_test: int = 256
+    num_test: int = 192
     """Clips of the reported table."""
     num_workers: int = 2
     """Workers of every stage."""
@@ -77,6 +80,7 @@ def steps(options: Options) -> list[Step]:
             "rpo_rounds",
             f"{out}/rpo",
             *("--policy", m0, "--reward", reward, *data, f"--rounds={options.rounds}", "--with-control", *workers),
+            f"--eval-clips={GATE_CLIPS}",
         ),
         scores("ground_truth", "--subject=ground_truth"),
         scores("inverted", "--subject=inverted"),
