@@ -49,20 +49,20 @@ def start_ranks(body: Callable[..., None], args: tuple[Any, ...], world_size: in
             continue
         processes: list[Any] = ranks.processes
         hung = [process for process in processes if process.is_alive()]
-        for signal_number in (signal.SIGABRT, signal.SIGKILL):
-            # The first prints the threads of those that have come as far as `one_of_several`.
-            for process in hung:
-                if process.is_alive():
-                    os.kill(process.pid, signal_number)
-            for process in hung:
-                process.join(5)
+        for process in hung:
+            # One after the other, or their lines mingle. It ends those that have not come as far as `one_of_several`.
+            os.kill(process.pid, signal.SIGUSR1)
+            process.join(1)
+        for process in hung:
+            process.kill()
+            process.join()
         raise TimeoutError(f"processes {[process.pid for process in hung]} did not end within {limit_s:.0f} s")
 
 
 @contextmanager
 def one_of_several(rank: int, world_size: int, meeting: str) -> Iterator[World]:
     """Inside, this process is one rank; at the end it waits for the others. See `start_ranks`."""
-    faulthandler.enable(sys.stderr)
+    faulthandler.register(signal.SIGUSR1, sys.stderr, all_threads=True)
     faulthandler.dump_traceback_later(PATIENCE_S, exit=True)
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)

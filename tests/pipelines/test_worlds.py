@@ -169,23 +169,21 @@ def test_two_workers_with_other_engines_of_an_mmdit_lose_what_plain_ones_lose(tm
     assert losses["bf16"] != losses["plain"]
 
 
-def _hang(rank: int, meeting: str, within: bool) -> None:
-    """Rank 1 hangs while it watches itself, or before it does; rank 0 waits for it."""
-    if rank == 1 and not within:
+def _hang(rank: int, meeting: str) -> None:
+    """The last rank never comes so far that it watches itself; the others wait for it."""
+    if rank == 2:
         time.sleep(10**6)
-    with one_of_several(rank, 2, meeting):
-        if rank == 1:
-            time.sleep(10**6)
+    with one_of_several(rank, 3, meeting):
+        pass
 
 
-@pytest.mark.parametrize("within", [True, False])
 def test_ranks_that_hang_are_ended_and_show_where(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], within: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(training_worlds, "PATIENCE_S", 20.0)
+    monkeypatch.setattr(training_worlds, "PATIENCE_S", 45.0)
     monkeypatch.setattr(training_worlds, "START_AND_END_S", 0.0)
-    with pytest.raises(TimeoutError, match=r"processes \[\d+.*\] did not end within 20 s"):
-        start_ranks(_hang, (str(tmp_path / "meeting"), within), 2)
+    with pytest.raises(TimeoutError, match=r"processes \[\d+, \d+, \d+\] did not end within 45 s"):
+        start_ranks(_hang, (str(tmp_path / "meeting"),), 3)
     shown = capfd.readouterr().err
-    assert "Fatal Python error: Aborted" in shown
-    assert "in _hang" in shown
+    assert shown.count("in _hang") == 2
+    assert "in one_of_several" in shown
