@@ -31,6 +31,14 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield reference
 
 
+@pytest.fixture(autouse=True)
+def scheduling() -> Iterator[None]:
+    """No test leaves this process with another scheduling: see `tests.own_scheduling`."""
+    before = os.sched_getscheduler(0)
+    yield
+    assert os.sched_getscheduler(0) == before
+
+
 @pytest.fixture
 def fixtures() -> Path:
     """Folder of the small committed fixtures."""

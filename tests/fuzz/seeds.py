@@ -14,6 +14,8 @@ import av
 import numpy as np
 from av.container import OutputContainer
 
+from tests.own_scheduling import own_scheduling
+
 SIDE_PX = 64
 FRAME_RATE_HZ = 16
 DURATION_S = 2.6
@@ -106,6 +108,7 @@ def write_seeds(folder: Path, seeds: Sequence[Seed] = SEEDS) -> dict[str, bytes]
     return {seed.name: (folder / seed.name).read_bytes() for seed in seeds}
 
 
+@own_scheduling()
 def write_seed(path: Path, seed: Seed) -> Path:
     """Write one clip: a square that moves over noise, and a tone with a tremolo."""
     os.environ.setdefault("SVT_LOG", "1")  # Errors alone: the AV1 encoder greets on stderr otherwise.

@@ -7,6 +7,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from tests.own_scheduling import own_scheduling
+
 TIME_BASE = Fraction(1, 12_800)
 
 
@@ -28,6 +30,7 @@ def beep(duration_s: float, rate_hz: int, at_s: float) -> np.ndarray:
     return wave * ((times >= at_s) & (times < at_s + 0.1))
 
 
+@own_scheduling()
 def write_clip(
     path: Path,
     frames: Sequence[np.ndarray] | None,
